@@ -1,0 +1,73 @@
+"""The tutorial's multilayer perceptron on a table: three linear layers, sizes taken from the data.
+
+    accelerate launch recipes/mlp.py
+    accelerate launch recipes/mlp.py --data digits --width 128 --epochs 30
+
+Expected: val_accuracy 0.94 or better on the built-in wine table (178 wines, 13 measurements, 3 cultivars).
+"""
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from scaletrain import Config, Data, Recipe, load, main, warmup_cosine
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLPConfig(Config):
+    data: str = "wine"
+    """Built-in table: wine, iris, breast_cancer or digits."""
+    epochs: float = 50
+    batch_size: int = 32
+    lr: float = 3e-3
+    width: int = 64
+    """Units in each of the two hidden layers. A smaller model overfits less."""
+
+
+def load_data(cfg: MLPConfig) -> Data:
+    data = load(cfg.data, split_seed=cfg.split_seed)  # features (N, F) float, label (N,) int
+    mean, std = data.train["features"].mean(0), data.train["features"].std(0).clamp(min=1e-6)
+    for split in (data.train, data.val):  # both by the training examples' scale: nothing leaks from the others
+        split["features"] = (split["features"] - mean) / std
+    return data
+
+
+def mlp(n_features: int, n_classes: int, width: int = 64) -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(n_features, width),
+        nn.ReLU(),
+        nn.Linear(width, width),
+        nn.ReLU(),
+        nn.Linear(width, n_classes),
+    )
+
+
+def build_model(cfg: MLPConfig, data: Data) -> nn.Module:
+    return mlp(data.train["features"].shape[1], len(data.classes), cfg.width)
+
+
+def loss(model: nn.Module, batch: dict[str, Tensor], cfg: MLPConfig) -> Tensor:
+    return F.cross_entropy(model(batch["features"]), batch["label"])
+
+
+def evaluate(model: nn.Module, batch: dict[str, Tensor], cfg: MLPConfig) -> dict[str, Tensor]:
+    logits = model(batch["features"])  # (B, n_classes)
+    return {
+        "loss": F.cross_entropy(logits, batch["label"], reduction="none"),
+        "accuracy": (logits.argmax(1) == batch["label"]).float(),
+    }
+
+
+recipe = Recipe(
+    config=MLPConfig,
+    data=load_data,
+    model=build_model,
+    loss=loss,
+    evaluate=evaluate,
+    schedule=warmup_cosine,
+    expect={"val_accuracy": ">=0.94"},
+)
+
+if __name__ == "__main__":
+    main(recipe)

@@ -1,0 +1,186 @@
+"""Build a run: from a recipe and a config to everything the loop touches."""
+
+import inspect
+from dataclasses import asdict
+from math import ceil
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from scaletrain.agreement import first_then_others, together
+from scaletrain.config import Config
+from scaletrain.devices import Devices, set_up
+from scaletrain.errors import InputError
+from scaletrain.folder import agree_on_folder, describe_environment, keep_source, short, write_json
+from scaletrain.hooks import default_hooks
+from scaletrain.loader import HeldOut, Loader, chosen_workers, length, make_reader
+from scaletrain.loop import train_step
+from scaletrain.metrics import Sums
+from scaletrain.order import Share, Shuffled, micro_batch_count
+from scaletrain.recipe import Data, Recipe
+from scaletrain.run import Run, Step
+from scaletrain.tracking import Tracking
+
+MODEL_LINES = 20
+"""A model that prints in at most so many lines is shown whole at the start."""
+
+
+def start(recipe: Recipe, cfg: Config, *, source: str | None = None, step: Step | None = None) -> Run:
+    """Build a run and its folder, ready for ``train(run)``.
+
+    ``source`` is the file to record and to name the run after (default: the one that defines the loss);
+    ``step`` replaces ``train_step``. Raises InputError for what cannot work, before the folder is made. Every
+    process calls it.
+    """
+    cfg.check()
+    devices = set_up(cfg.precision, cfg.threads)
+    check_batch_size(cfg, devices)
+    data = first_then_others(lambda: recipe.data(cfg), devices.control)
+    module, model = build_model(recipe, cfg, data, devices)
+    optimizer = recipe.optimizer(module, cfg)
+    loader, held_out = build_loaders(recipe, cfg, data, module, devices)
+    examples = loader.reader.n
+    run = Run(
+        recipe=recipe,
+        cfg=cfg,
+        data=data,
+        devices=devices,
+        module=module,
+        model=model,
+        optimizer=optimizer,
+        loader=loader,
+        held_out=held_out,
+        examples=examples,
+        total_steps=cfg.max_steps or ceil(cfg.epochs * examples / cfg.batch_size),
+        step=step or train_step,
+    )
+    run.hooks = [*default_hooks(), *(recipe.hooks(cfg) if recipe.hooks else ())]
+    together(lambda: check_monitor(run), devices.control)
+    source = source or source_of(recipe)
+    open_folder(run, Path(source).stem, source)
+    return run
+
+
+def check_batch_size(cfg: Config, devices: Devices) -> None:
+    """Raise InputError unless every process has an example to read."""
+    if cfg.batch_size < devices.world_size:
+        raise InputError(
+            f"batch_size {cfg.batch_size} is smaller than the {devices.world_size} processes; "
+            f"use at least {devices.world_size}"
+        )
+
+
+def build_model(recipe: Recipe, cfg: Config, data: Data, devices: Devices) -> tuple[nn.Module, nn.Module]:
+    """Build the recipe's model under the seed, move it to the device, and wrap it for several processes.
+
+    Returns it as it is and wrapped. A model in eval mode is put into train mode; modules that the recipe
+    alone froze in eval mode stay so.
+    """
+    torch.manual_seed(cfg.seed)
+    module = recipe.model(cfg, data)
+    if not any(p.requires_grad for p in module.parameters()):
+        raise InputError(f"{type(module).__name__} has no trainable parameters; there is nothing to learn")
+    if not module.training:
+        module.train()
+    if cfg.compile:
+        module.compile()
+    accelerator = devices.accelerator
+    model = accelerator.prepare_model(module)
+    module = accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # the loop has its own autocast
+    return module, model
+
+
+def build_loaders(
+    recipe: Recipe, cfg: Config, data: Data, module: nn.Module, devices: Devices
+) -> tuple[Loader, dict[str, HeldOut]]:
+    """Return this process's part of the training data and of the held-out splits."""
+    double = next(module.parameters()).dtype == torch.float64
+    readers = {
+        name: make_reader(examples, recipe.collate, cfg.seed, double=double)
+        for name, examples in (("train", data.train), ("val", data.val), ("test", data.test))
+        if examples is not None
+    }
+    order = data.order or Shuffled(readers["train"].n, cfg.seed)
+    share = Share(order, cfg.batch_size, devices.rank, devices.world_size)
+    count = micro_batch_count(cfg.batch_size, devices.world_size, cfg.micro_batch_size)
+    workers = chosen_workers(readers["train"], cfg.workers, devices.local_world_size)
+    loader = Loader(readers["train"], share, count, workers=workers, device=devices.device)
+    smallest = cfg.batch_size // devices.world_size // count
+    if smallest <= 1 and any(isinstance(part, _BatchNorm) for part in module.modules()):
+        raise InputError(
+            f"BatchNorm needs more than 1 example in a micro-batch, but batch_size {cfg.batch_size} over "
+            f"{devices.world_size} processes in {count} micro-batches leaves {smallest or 1}; "
+            "raise micro_batch_size or batch_size, or use GroupNorm"
+        )
+    largest = -(-cfg.batch_size // devices.world_size // count) or 1
+    held_out = {
+        name: HeldOut(reader, largest, devices.rank, devices.world_size, workers=workers, device=devices.device)
+        for name, reader in readers.items()
+        if name != "train"
+    }
+    return loader, held_out
+
+
+def check_monitor(run: Run) -> None:
+    """Evaluate one batch: raise InputError unless ``evaluate`` returns what ``monitor`` names."""
+    cfg = run.cfg
+    if "val" not in run.held_out:
+        if cfg.patience is not None:
+            raise InputError("--patience needs validation examples, but the recipe's data has no val")
+        return
+    sums = Sums(run.devices.sums_in)
+    with torch.inference_mode(), run.evaluating():
+        batch, count = next(iter(run.held_out["val"]))
+        sums.add(run.evaluate(batch), length(batch), run.weight(batch), counted=count > 0)
+    names = [f"val_{name}" for name in sums.names]
+    if cfg.monitored_metric not in names:
+        raise InputError(
+            f"--monitor {cfg.monitor}: evaluate does not return {cfg.monitored_metric}; it returns {', '.join(names)}"
+        )
+
+
+def open_folder(run: Run, name: str, source: str | None) -> None:
+    """Make the run folder, record what runs, and introduce the run on the console. Every rank must reach this line."""
+    run.folder = agree_on_folder(run.cfg.out, name, run.devices.control)
+    if not run.devices.is_first:
+        return
+    write_json(run.folder / "config.json", asdict(run.cfg))
+    write_json(run.folder / "environment.json", describe_environment(run.devices.world_size, str(run.devices.device)))
+    keep_source(run.folder, source)
+    run.tracking = Tracking(run.folder, total_steps=run.total_steps, by_epoch=run.cfg.validate_every is None)
+    for line in introduction(run, name):
+        run.tracking.say(line)
+    if run.cfg.batch_size > run.examples:
+        run.tracking.warn(
+            f"batch_size {run.cfg.batch_size} exceeds the {run.examples} training examples: steps repeat some"
+        )
+    run.tracking.start_tracker(run.cfg.track, name, asdict(run.cfg))
+
+
+def introduction(run: Run, name: str) -> list[str]:
+    """Say what is trained, on what, and for how long."""
+    cfg, devices, module = run.cfg, run.devices, run.module
+    parameters = sum(p.numel() for p in module.parameters())
+    model = str(module)
+    shown = model if model.count("\n") < MODEL_LINES else type(module).__name__
+    share = -(-cfg.batch_size // devices.world_size)
+    count = run.loader.micro_batches
+    processes = "1 process" if devices.world_size == 1 else f"{devices.world_size} processes"
+    threads = f"{devices.threads} thread{'s' * (devices.threads > 1)} each"
+    exact = "" if cfg.batch_size % (devices.world_size * count) == 0 else "at most "
+    held_out = "".join(f", {split} {part.reader.n:,}" for split, part in run.held_out.items())
+    return [
+        f"{name}: {shown}",
+        f"{parameters:,} parameters",
+        f"{processes} on {devices.device.type}, {devices.precision}, {threads}, global batch {cfg.batch_size} = "
+        f"{devices.world_size} x {exact}{-(-share // count)} x {count} (processes x micro-batch x count)",
+        f"train {run.examples:,} examples{held_out}; {run.total_steps:,} steps",
+        f"run folder {short(run.folder)}",
+    ]
+
+
+def source_of(recipe: Recipe) -> str:
+    """The file that defines the recipe's loss."""
+    return inspect.getsourcefile(inspect.unwrap(recipe.loss)) or "recipe.py"

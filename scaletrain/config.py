@@ -1,0 +1,180 @@
+"""What a run can be told, and how the command line tells it."""
+
+import difflib
+import math
+import os
+import sys
+import typing
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Literal, TypeVar
+
+from scaletrain.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """The options every recipe has. A recipe inherits it to add its own and to change defaults."""
+
+    lr: float = 1e-3
+    """Learning rate of the optimizer; the schedule multiplies it."""
+    weight_decay: float = 1e-4
+    """Decoupled weight decay of the default optimizer; never on biases and norms."""
+    epochs: float = 10
+    """Passes over the training examples; may be a fraction."""
+    max_steps: int | None = None
+    """Optimizer steps in all; replaces epochs."""
+    batch_size: int = 64
+    """Examples per optimizer step over all devices together."""
+    micro_batch_size: int | None = None
+    """Most examples per forward pass on one device; changes memory only. Default: the device's whole share."""
+    max_grad_norm: float | None = None
+    """Scale the gradient down to this global L2 norm when it is longer."""
+    warmup: float = 0.05
+    """Share of all steps over which a warmup schedule raises the rate from near 0."""
+    seed: int = 0
+    """Of the weights, the order of the examples, dropout and augmentation."""
+    split_seed: int = 0
+    """Of the split into training and validation examples."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Number format of the forward pass. auto: bf16 or fp16 on CUDA GPUs, fp32 elsewhere."""
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    threads: int | None = None
+    """CPU threads per process. Default: the cores shared among the processes of this machine."""
+    workers: int | None = None
+    """Processes that read examples, per training process. Default: chosen; 0 for data in memory."""
+    out: str | None = None
+    """Folder of the run. Default: SCALETRAIN_OUT, else runs/NAME/TIME."""
+    log_every: int = 10
+    """Optimizer steps between log lines."""
+    validate_every: int | None = None
+    """Optimizer steps between validations. Default: at the end of each epoch."""
+    monitor: str = "val_loss"
+    """Validation metric that decides what is best; lower is better, or say max:val_accuracy."""
+    patience: int | None = None
+    """Stop after this many validations in a row without a better monitored metric."""
+    track: Literal["none", "wandb"] = "none"
+    """Also send metrics to a tracker; wandb works offline without a key."""
+
+    def check(self) -> None:
+        """Raise InputError for a value that cannot work. A recipe's own config may extend it."""
+        for name in ("lr", "epochs", "max_grad_norm"):
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise InputError(f"--{_dashed(name)} is {value}; it must be a finite number above 0")
+        for name in (
+            "max_steps",
+            "batch_size",
+            "micro_batch_size",
+            "threads",
+            "log_every",
+            "validate_every",
+            "patience",
+        ):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{_dashed(name)} is {value}; it must be at least 1")
+        for name in ("weight_decay", "workers", "seed", "split_seed"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 2**63:
+                raise InputError(f"--{_dashed(name)} is {value}; it must be at least 0")
+        if not 0 <= self.warmup <= 1:
+            raise InputError(f"--warmup is {self.warmup}; it is a share of all steps, from 0 to 1")
+        if not self.monitored_metric:
+            raise InputError(f"--monitor is '{self.monitor}'; name a metric, as in val_loss or max:val_accuracy")
+
+    @property
+    def monitored_metric(self) -> str:
+        """The name in ``monitor``, without its direction."""
+        return self.monitor.removeprefix("max:").removeprefix("min:")
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Whether ``monitor`` asks for the highest value rather than the lowest."""
+        return self.monitor.startswith("max:")
+
+
+C = TypeVar("C", bound=Config)
+
+
+def parse(config: type[C], argv: Sequence[str] | None = None, *, description: str = "") -> C:
+    """Build ``config`` from the command line (``sys.argv`` without ``argv``).
+
+    The only place that knows tyro. ``--help`` prints and exits; a mistake raises InputError with one line
+    that says what was given and what is allowed.
+    """
+    import tyro
+
+    args = list(sys.argv[1:] if argv is None else argv)
+    if {"-h", "--help"} & set(args):
+        tyro.cli(config, args=["--help"], description=description, console_outputs=is_first_process())
+    try:
+        cfg = tyro.cli(config, args=args, console_outputs=False)
+    except SystemExit:
+        raise InputError(_mistake(config, args)) from None
+    cfg.check()
+    return cfg
+
+
+def is_first_process() -> bool:
+    """Whether this process is rank 0, read from the launcher's variables before any process group exists."""
+    return int(os.environ.get("RANK", 0)) == 0
+
+
+def _mistake(config: type[Config], args: list[str]) -> str:
+    """Say in one line which argument of ``args`` is wrong, by parsing them option by option."""
+    import tyro
+
+    options = {f.name for f in fields(config)}
+    groups = _by_option(args)
+    required = {f.name for f in fields(config) if f.default is MISSING and f.default_factory is MISSING}
+    for name in sorted(required - {_name(group[0]) for group in groups}):
+        return f"--{_dashed(name)} is missing; it has no default"
+    for group in groups:
+        flag, name = group[0].split("=")[0], _name(group[0])
+        if not flag.startswith("--"):
+            return f"'{group[0]}' is not an option; options look like --batch-size 128 (all of them: --help)"
+        if name.removeprefix("no_") not in options and name not in options:
+            near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+            hint = f"did you mean --{_dashed(near[0])}?" if near else "see --help for all options"
+            return f"unknown option {flag}; {hint}"
+        try:
+            tyro.cli(config, args=group, console_outputs=False)
+        except SystemExit:
+            given = " ".join([*group[0].split("=", 1)[1:], *group[1:]])
+            return f"{flag} {given or '(nothing)'}: expected {_allowed(config, name.removeprefix('no_'), flag)}"
+    return f"cannot understand '{' '.join(args)}'; see --help"
+
+
+def _name(arg: str) -> str:
+    """The field that an argument such as ``--batch-size=3`` names."""
+    return arg.split("=")[0].removeprefix("--").replace("-", "_")
+
+
+def _by_option(args: list[str]) -> list[list[str]]:
+    """Group arguments: each option with the values that follow it."""
+    groups: list[list[str]] = []
+    for arg in args:
+        if arg.startswith("--") or not groups:
+            groups.append([arg])
+        else:
+            groups[-1].append(arg)
+    return groups
+
+
+def _allowed(config: type[Config], name: str, flag: str) -> str:
+    """Describe in words the values that option ``name`` takes."""
+    hint = typing.get_type_hints(config)[name]
+    kinds = [kind for kind in (typing.get_args(hint) or (hint,)) if kind is not type(None)]
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, kinds))
+    if hint is bool:
+        return f"no value; say --{_dashed(name)} or --no-{_dashed(name)}"
+    words = {float: "a number", int: "a whole number", str: "one text"}
+    named = [words.get(kind, getattr(kind, "__name__", str(kind))) for kind in kinds]
+    return " or ".join(named if type(None) not in typing.get_args(hint) else [*named, "None"])
+
+
+def _dashed(name: str) -> str:
+    return name.replace("_", "-")

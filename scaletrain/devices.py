@@ -1,0 +1,169 @@
+"""Where a run computes: processes, device, number format, threads, process groups."""
+
+import os
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor
+
+from scaletrain.errors import InputError
+
+Precision = Literal["fp32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the environment says about this process and the others."""
+
+    world_size: int = 1
+    local_world_size: int = 1
+    by_launcher: bool = False
+
+
+@dataclass(frozen=True)
+class Devices:
+    """This process's place in the run and the means to compute there. Every process holds its own."""
+
+    accelerator: Accelerator
+    device: torch.device
+    rank: int
+    world_size: int
+    local_world_size: int
+    precision: Precision
+    threads: int
+    control: dist.ProcessGroup | None
+    """gloo group for flags and short texts; None with one process. Only the main thread uses it."""
+    checkpoint: dist.ProcessGroup | None
+    """gloo group for the thread that saves: a group serves one thread only."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is rank 0, which prints and writes for all."""
+        return self.rank == 0
+
+    @property
+    def sums_in(self) -> torch.dtype:
+        """The widest float the device has, for adding up metrics: float64, but float32 on MPS."""
+        return torch.float32 if self.device.type == "mps" else torch.float64
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """Enter the run's number format; does nothing in fp32."""
+        return nullcontext() if self.precision == "fp32" else self.accelerator.autocast()
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Add ``values`` over all processes. Every rank must reach this line."""
+        if self.world_size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def broadcast_buffers(self, module: torch.nn.Module) -> None:
+        """Give every process rank 0's buffers (BatchNorm's differ between replicas). Every rank must reach this line."""
+        if self.world_size > 1:
+            for buffer in module.buffers():
+                dist.broadcast(buffer, src=0)
+
+
+def set_up(precision: str = "auto", threads: int | None = None) -> Devices:
+    """Join the other processes and choose device, precision and threads.
+
+    Raises InputError where the choices cannot work together, and where the launcher started several processes
+    that would each train alone.
+    """
+    launch = read_launch(os.environ)
+    device_type = available_device()
+    check_processes(device_type, launch)
+    chosen = choose_precision(precision, device_type, os.environ.get("ACCELERATE_MIXED_PRECISION"), _gpu_has_bf16())
+    torch.set_num_threads(choose_threads(threads, os.environ, _cores(), launch) or torch.get_num_threads())
+    AcceleratorState._reset_state()  # a second run in the same process may choose another precision
+    accelerator = Accelerator(cpu=device_type == "cpu", mixed_precision="no" if chosen == "fp32" else chosen)
+    if accelerator.num_processes != launch.world_size:
+        raise InputError(
+            f"the launcher started {launch.world_size} processes, but this one sees {accelerator.num_processes}: "
+            "each would train alone; launch with torchrun or accelerate launch and one of accelerate_configs/"
+        )
+    several = accelerator.num_processes > 1
+    return Devices(
+        accelerator=accelerator,
+        device=accelerator.device,
+        rank=accelerator.process_index,
+        world_size=accelerator.num_processes,
+        local_world_size=launch.local_world_size,
+        precision=chosen,
+        threads=torch.get_num_threads(),
+        control=dist.new_group(backend="gloo") if several else None,
+        checkpoint=dist.new_group(backend="gloo") if several else None,
+    )
+
+
+def read_launch(env: Mapping[str, str]) -> Launch:
+    """Read how many processes the launcher started: torchrun, Open MPI, or srun without either."""
+
+    def first(*names: str, default: int) -> int:
+        return next((int(env[name]) for name in names if env.get(name, "").isdigit()), default)
+
+    world = first("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS", default=1)
+    local = first("LOCAL_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", default=world)
+    return Launch(world, local, "WORLD_SIZE" in env or any(name.startswith("ACCELERATE_") for name in env))
+
+
+def available_device() -> str:
+    """The type of this machine's accelerator: cuda, mps, xpu, ..., or cpu where there is none."""
+    if os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("true", "1", "yes") or not torch.accelerator.is_available():
+        return "cpu"
+    device = torch.accelerator.current_accelerator()
+    return "cpu" if device is None else device.type
+
+
+def check_processes(device_type: str, launch: Launch) -> None:
+    """Raise InputError where this kind of device cannot serve so many processes."""
+    if device_type == "mps" and launch.world_size > 1:
+        raise InputError(f"{launch.world_size} processes on an Apple GPU: MPS serves one; launch a single process")
+
+
+def choose_precision(asked: str, device_type: str, launcher: str | None, gpu_has_bf16: bool) -> Precision:
+    """Choose the number format: what was asked for, else what the launcher said, else what the device does well.
+
+    A plain ``accelerate launch`` exports "no", which counts as unsaid.
+    """
+    if asked == "auto" and launcher in ("bf16", "fp16"):
+        asked = launcher
+    if asked == "auto":
+        asked = ("bf16" if gpu_has_bf16 else "fp16") if device_type == "cuda" else "fp32"
+    if asked == "fp16" and device_type in ("cpu", "mps"):
+        raise InputError(f"--precision fp16 does not train on {device_type}; use bf16 or fp32")
+    if asked not in ("fp32", "bf16", "fp16"):
+        raise InputError(f"--precision {asked}: expected auto, fp32, bf16 or fp16")
+    return asked  # type: ignore[return-value]  # narrowed by the line above
+
+
+def choose_threads(asked: int | None, env: Mapping[str, str], cores: int, launch: Launch) -> int | None:
+    """Choose the CPU threads of this process; None leaves torch's own choice.
+
+    Launchers export OMP_NUM_THREADS=1 for every process, which counts as unsaid.
+    """
+    said = env.get("OMP_NUM_THREADS")
+    if asked is not None:
+        return asked
+    if said is None or (launch.by_launcher and said == "1"):
+        return max(1, cores // launch.local_world_size)
+    return None
+
+
+def copies_without_waiting(device_type: str) -> bool:
+    """Whether host-to-device copies may overlap: on CUDA; on MPS they returned garbage (pytorch #139550)."""
+    return device_type == "cuda"
+
+
+def _gpu_has_bf16() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
+def _cores() -> int:
+    affinity: Callable[[int], set[int]] | None = getattr(os, "sched_getaffinity", None)  # not on macOS
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

@@ -1,0 +1,142 @@
+"""The run folder: which one, made once, seen by every process; and the JSON files in it."""
+
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from safetensors.torch import save_model
+from torch import nn
+
+from scaletrain.agreement import gather_texts, together
+from scaletrain.errors import DONE, InputError
+from scaletrain.order import seed_for
+
+WEIGHTS = "model.safetensors"
+_TOKEN = ".seen-by-rank-0"
+
+
+def agree_on_folder(out: str | None, name: str, group: dist.ProcessGroup | None) -> Path:
+    """Choose and make the run folder on rank 0, and check that every process sees it.
+
+    ``out``, else SCALETRAIN_OUT, else one of its own per SLURM job, else per second. Raises InputError where it
+    cannot be written, is not shared between the ranks, or holds a run that is done. Every rank must reach
+    this line.
+    """
+    first = group is None or dist.get_rank() == 0
+    folder = Path(gather_texts(together(lambda: str(_make(out, name)) if first else "", group), group)[0])
+    token = str(seed_for(os.getpid(), time.time_ns()))
+    if first:
+        (folder / _TOKEN).write_text(token)
+    token = gather_texts(token, group)[0]
+    rank = 0 if group is None else dist.get_rank()
+    together(lambda: _check_token(folder, token, rank), group)
+    if first:
+        (folder / _TOKEN).unlink()
+    return folder
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write ``content`` so that the file is either whole or not there; NaN becomes null, as JSON has none."""
+    draft = path.with_name(path.name + ".draft")
+    draft.write_text(json.dumps(strict(content), indent=2) + "\n")
+    draft.replace(path)
+
+
+def short(path: Path) -> str:
+    """Return ``path`` as seen from the working directory, where it lies below it."""
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def save_weights(path: Path, module: nn.Module) -> None:
+    """Write the module's weights under their plain names; tied weights once."""
+    draft = path.with_name(path.name + ".draft")
+    save_model(module, str(draft), metadata={"format": "pt"})
+    umask = os.umask(0)
+    os.umask(umask)
+    draft.chmod(0o666 & ~umask)  # safetensors leaves 0600
+    draft.replace(path)
+
+
+def strict(value: Any) -> Any:
+    """Replace what JSON cannot say: NaN and infinities by null, anything unknown by its text."""
+    if isinstance(value, Mapping):
+        return {str(key): strict(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(item) for item in value]
+    if isinstance(value, float):
+        return value if value - value == 0 else None
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+def describe_environment(world_size: int, device: str) -> dict[str, Any]:
+    """Return what a later reader needs to know about where a run ran; never environment variables."""
+    packages = ("torch", "accelerate", "datasets", "safetensors", "numpy")
+    return {
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "versions": {package: version(package) for package in packages},
+        "processes": world_size,
+        "device": device,
+    }
+
+
+def keep_source(folder: Path, source: str | None) -> None:
+    """Copy the recipe's source as a record of what ran; nothing ever imports it."""
+    if source and Path(source).is_file():
+        shutil.copyfile(source, folder / "recipe.py")
+
+
+def _make(out: str | None, name: str) -> Path:
+    job = os.environ.get("SLURM_JOB_ID")
+    given = out or os.environ.get("SCALETRAIN_OUT") or (f"runs/{name}/slurm-{job}" if job else None)
+    if given is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+        raise InputError("a launcher that restarts needs the same folder each time: give --out or set SCALETRAIN_OUT")
+    try:
+        if given is None:
+            return _make_new(Path("runs") / name)
+        folder = Path(given)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _TOKEN).write_text("")
+    except OSError as error:
+        raise InputError(
+            f"cannot write the run folder {given or 'runs/' + name}: {error.strerror}; choose another --out"
+        ) from None
+    if _is_done(folder):
+        raise InputError(f"{folder} holds a run that is done; choose another --out")
+    return folder.resolve()
+
+
+def _make_new(parent: Path) -> Path:
+    """Make a folder named by the second; a second run in the same second gets a name of its own."""
+    for attempt in range(100):
+        folder = parent / (time.strftime("%Y%m%d-%H%M%S") + (f"-{attempt}" if attempt else ""))
+        try:
+            folder.mkdir(parents=True)
+            return folder.resolve()
+        except FileExistsError:
+            continue
+    raise InputError(f"cannot find a free name in {parent}; choose --out")
+
+
+def _is_done(folder: Path) -> bool:
+    try:
+        return bool(json.loads((folder / "exit.json").read_text())["code"] == DONE)
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _check_token(folder: Path, token: str, rank: int) -> None:
+    path = folder / _TOKEN
+    if not path.is_file() or path.read_text() != token:
+        raise InputError(
+            f"rank {rank} does not see the run folder {folder} that rank 0 made; choose an --out on a shared disk"
+        )

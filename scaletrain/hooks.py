@@ -1,0 +1,74 @@
+"""What happens after a step, on every process, in this order."""
+
+import math
+import time
+
+from scaletrain.recipe import Hook
+from scaletrain.run import Run, StepInfo
+
+
+def default_hooks() -> list[Hook]:
+    """Return the hooks of every run, in the order in which they are called; the recipe's own come after."""
+    return [stop_when_not_finite, remember_best, stop_without_progress, Throughput()]
+
+
+def stop_when_not_finite(run: Run, info: StepInfo) -> None:
+    """Raise FloatingPointError at the first log line after a gradient was NaN or infinite.
+
+    The weights were not touched (``Run.update``). fp16 skips such steps while its scaler looks for a scale.
+    """
+    if not run.log_due(info):
+        return
+    skipped = run.newly_skipped()
+    if not skipped:
+        return
+    if run.scaler is not None:
+        run.log({"skipped": run.state.skipped})
+        return
+    loss = run.mean(info.loss)
+    since = f"at step {info.step}" if info.step == 1 else f"in {skipped} of the steps up to step {info.step}"
+    advice = (
+        "look for log(0), a division by 0 or NaN in the data" if info.step == 1 else "try a lower lr or max_grad_norm"
+    )
+    raise FloatingPointError(
+        f"the gradient was NaN or infinite {since} (the loss is {loss:.4g}, a finite number is expected); "
+        f"no weight was changed by it; {advice}"
+    )
+
+
+def remember_best(run: Run, info: StepInfo) -> None:
+    """After a validation, keep the best value of the monitored metric and count validations without a better one."""
+    state = run.state
+    if state.validated_step != info.step:
+        return
+    value = run.metrics[run.cfg.monitored_metric]
+    better = state.best is None or (value > state.best if run.cfg.higher_is_better else value < state.best)
+    if better and math.isfinite(value):
+        state.best, state.best_step, state.validations_without_progress = value, info.step, 0
+    else:
+        state.validations_without_progress += 1
+
+
+def stop_without_progress(run: Run, info: StepInfo) -> None:
+    """Stop early when ``patience`` validations in a row brought nothing better."""
+    patience = run.cfg.patience
+    if patience is not None and run.state.validations_without_progress >= patience:
+        run.stop(f"{run.cfg.monitored_metric} was not better than {run.state.best:.4f} in {patience} validations")
+
+
+class Throughput:
+    """Measure examples per second between log lines, validation left out."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._last = (self._started, 0.0, 0)
+
+    def __call__(self, run: Run, info: StepInfo) -> None:
+        """Write a line of timing.jsonl; the device has just been waited for by the log line."""
+        if not run.log_due(info):
+            return
+        now = (time.perf_counter(), run.paused_seconds, info.samples_seen)
+        seconds = now[0] - self._last[0] - (now[1] - self._last[1])
+        if info.step > 1:  # the first step pays for warming up
+            run.tracking.timing(info.step, now[0] - self._started, (now[2] - self._last[2]) / max(seconds, 1e-9))
+        self._last = now

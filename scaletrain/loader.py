@@ -1,0 +1,183 @@
+"""From the order of the examples to micro-batches on the device."""
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate
+
+from scaletrain.devices import copies_without_waiting
+from scaletrain.errors import InputError
+from scaletrain.order import Indices, Share, micro_batch_count, seed_for, split
+from scaletrain.recipe import Batch, Columns
+
+T = TypeVar("T")
+Request = tuple[Indices, Indices]
+"""Positions in the stream, which seed what is random, and the examples to read there."""
+
+WORKER_TIMEOUT_SECONDS = 300
+
+
+class NamedColumns(dict[str, Any]):
+    """A batch of named columns that says what it has when asked for what it lacks."""
+
+    def __missing__(self, name: str) -> Any:
+        raise InputError(f"the batch has no column '{name}'; its columns are {', '.join(map(repr, self))}")
+
+
+class MicroBatch(NamedTuple):
+    """What one forward pass reads on one process."""
+
+    batch: Batch
+    count: int
+    """Examples in it that count; 0 where the process repeats an example only to keep step with the others."""
+
+
+class ColumnReader:
+    """Read batches from columns in memory: one gather per column."""
+
+    def __init__(self, columns: Columns) -> None:
+        self.columns = columns
+        self.n = len(next(iter(columns.values())))
+
+    def __call__(self, request: Request) -> Batch:
+        indices = torch.from_numpy(request[1])
+        return NamedColumns({name: column.index_select(0, indices) for name, column in self.columns.items()})
+
+
+class ExampleReader:
+    """Read batches from a map-style dataset example by example.
+
+    What is random in reading an example (torch, NumPy's and Python's global generators) depends on the seed
+    and the example's position alone, so neither workers nor processes change it.
+    """
+
+    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Batch] | None, seed: int) -> None:
+        self.dataset, self.collate, self.seed = dataset, collate or default_collate, seed
+        self.n = len(dataset)
+
+    def __call__(self, request: Request) -> Batch:
+        batch = self.collate([self._example(int(p), int(i)) for p, i in zip(*request, strict=True)])
+        return NamedColumns(batch) if type(batch) is dict else batch
+
+    __getitem__ = __call__  # DataLoader asks this way
+
+    def _example(self, position: int, index: int) -> Any:
+        seed = seed_for(self.seed, 2, position)
+        torch.default_generator.manual_seed(seed)
+        np.random.seed(seed & 0xFFFFFFFF)
+        random.seed(seed)
+        return self.dataset[index]
+
+
+Reader = ColumnReader | ExampleReader
+
+
+class Loader:
+    """The training data of one process: endless lists of micro-batches, one list per optimizer step."""
+
+    def __init__(self, reader: Reader, share: Share, micro_batches: int, *, workers: int, device: torch.device) -> None:
+        self.reader, self.share, self.micro_batches = reader, share, micro_batches
+        self.workers, self.device = workers, device
+        self._slices = split(share.size, micro_batches)
+        self.counts = [part.stop - part.start for part in self._slices]
+
+    def steps(self, first: int) -> Iterator[list[MicroBatch]]:
+        """Yield each step's micro-batches, beginning with the step whose first position is ``first``."""
+        batches = read_ahead(self.reader, self._requests(first), self.workers, self.device)
+        while True:
+            yield [MicroBatch(to_device(next(batches), self.device), count) for count in self.counts]
+
+    def _requests(self, first: int) -> Iterator[Request]:
+        while True:
+            positions, indices = self.share(first)
+            for part, count in zip(self._slices, self.counts, strict=True):
+                wanted = part if count else slice(-1, None)  # a process short of one repeats its last example
+                yield positions[wanted], indices[wanted]
+            first += self.share.batch_size
+
+
+class HeldOut:
+    """The part of a validation or test split that one process measures: every example on exactly one process.
+
+    Iterating gives the same number of micro-batches on every process; one that has run out repeats an example
+    with count 0.
+    """
+
+    def __init__(
+        self, reader: Reader, batch_size: int, rank: int, world_size: int, *, workers: int, device: torch.device
+    ) -> None:
+        self.reader, self.batch_size, self.workers, self.device = reader, batch_size, workers, device
+        self.part = split(reader.n, world_size)[rank]
+        self.batches = micro_batch_count(reader.n, world_size, batch_size)
+
+    def __iter__(self) -> Iterator[MicroBatch]:
+        starts = [self.part.start + k * self.batch_size for k in range(self.batches)]
+        ranges = [np.arange(start, min(start + self.batch_size, self.part.stop)) for start in starts]
+        wanted = [indices if len(indices) else np.array([0]) for indices in ranges]
+        batches = read_ahead(self.reader, ((indices, indices) for indices in wanted), self.workers, self.device)
+        for batch, indices in zip(batches, ranges, strict=True):
+            yield MicroBatch(to_device(batch, self.device), len(indices))
+
+
+def read_ahead(reader: Reader, requests: Iterator[Request], workers: int, device: torch.device) -> Iterator[Batch]:
+    """Answer ``requests`` in order, in ``workers`` processes where there are any."""
+    if workers == 0 or isinstance(reader, ColumnReader):
+        return map(reader, requests)
+    loader = DataLoader(
+        reader,  # type: ignore[arg-type]  # its items are whole batches
+        sampler=requests,  # type: ignore[arg-type]  # any iterable of keys serves
+        batch_size=None,
+        collate_fn=_as_is,
+        num_workers=workers,
+        timeout=WORKER_TIMEOUT_SECONDS,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # its base seed must not come from the generator that training uses
+    )
+    return iter(loader)
+
+
+def chosen_workers(reader: Reader, asked: int | None, local_world_size: int) -> int:
+    """Return how many processes read for this one: none for data in memory, else up to 4 of the machine's cores."""
+    if isinstance(reader, ColumnReader):
+        return 0
+    return asked if asked is not None else max(0, min(4, (os.cpu_count() or 1) // local_world_size - 1))
+
+
+def make_reader(examples: Any, collate: Callable[[list[Any]], Batch] | None, seed: int, *, double: bool) -> Reader:
+    """Choose how ``examples`` are read; float64 columns become float32 unless the model is ``double``."""
+    if not isinstance(examples, dict):
+        return ExampleReader(examples, collate, seed)
+    if collate is not None:
+        raise InputError("collate is for data that is read example by example, but the data is columns; leave it out")
+    narrow = {torch.float64: torch.float64 if double else torch.float32}
+    return ColumnReader({name: column.to(narrow.get(column.dtype, column.dtype)) for name, column in examples.items()})
+
+
+def length(batch: Batch) -> int:
+    """Return the number of examples: the first dimension of the first leaf."""
+    while not isinstance(batch, Tensor):
+        batch = next(iter(batch.values() if isinstance(batch, dict) else batch))
+    return len(batch)
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Move a dict, tuple, list or tensor; the copy overlaps with computing where the device allows it."""
+    if device.type == "cpu":
+        return batch
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=copies_without_waiting(device.type))
+    if isinstance(batch, dict):
+        return type(batch)({name: to_device(leaf, device) for name, leaf in batch.items()})
+    if isinstance(batch, tuple | list):
+        moved = [to_device(leaf, device) for leaf in batch]
+        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
+    return batch
+
+
+def _as_is(batch: T) -> T:
+    return batch

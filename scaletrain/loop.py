@@ -1,0 +1,84 @@
+"""The training loop: the one you would have written, with every example counted once.
+
+Read it from top to bottom. ``train`` is the tutorial's skeleton, ``steps`` and ``train_step`` are its body;
+each may be used on its own, and ``main(recipe, step=...)`` takes another ``train_step``.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from scaletrain.loader import MicroBatch, length
+from scaletrain.loss import weighted
+from scaletrain.metrics import Sums
+from scaletrain.run import Run, StepInfo
+
+
+def train(run: Run) -> None:
+    """Train to the last step, or until some process asks to stop. Every process calls it."""
+    for info in steps(run):
+        if run.log_due(info):
+            run.log({"loss": run.mean(info.loss), "lr": info.lr})  # waits for the device
+        if run.validation_due(info):
+            run.log({"train_loss": run.mean_train_loss(), **validate(run)})
+        for hook in run.hooks:
+            hook(run, info)
+    if "val" in run.held_out and run.state.validated_step < run.state.step:  # stopped between validations
+        run.log({"train_loss": run.mean_train_loss(), **validate(run)})
+    if "test" in run.held_out:
+        run.log(validate(run, "test"))
+
+
+def steps(run: Run) -> Iterator[StepInfo]:
+    """Do optimizer steps and yield what each did; logging, validating and the rest are the caller's."""
+    batches = run.loader.steps(run.state.samples_seen)
+    while run.state.step < run.total_steps and not run.stopping():
+        micro_batches = run.prepare_step(next(batches))
+        info = run.step(run, micro_batches)
+        run.count(info)
+        yield info
+
+
+def train_step(run: Run, micro_batches: list[MicroBatch]) -> StepInfo:
+    """Do one optimizer step on the mean loss of the whole global batch."""
+    loss = forward_backward(run, micro_batches)
+    grad_norm = run.clip_gradients()
+    finite = run.update()
+    return run.info(loss, grad_norm, finite)
+
+
+def forward_backward(run: Run, micro_batches: list[MicroBatch]) -> Tensor:
+    """Compute the gradient of the step's mean loss; return this process's share of that loss, 0-d.
+
+    A micro-batch's own mean counts by its share of the step's examples, so that the parts add up to the mean
+    over the global batch however it was divided, into micro-batches or over ranks.
+    """
+    run.zero_grad()
+    parts = []
+    shares = run.shares(micro_batches)
+    for i, ((batch, count), share) in enumerate(zip(micro_batches, shares, strict=True)):
+        with run.exchanging_gradients(last=i == len(micro_batches) - 1):
+            with run.devices.autocast():
+                loss = run.recipe.loss(run.model, batch, run.cfg)
+            part = weighted(loss, share if count else 0.0)
+            run.backward(part)
+        parts.append(part.detach())
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
+
+
+@torch.inference_mode()
+def validate(run: Run, split: str = "val") -> dict[str, float]:
+    """Measure a held-out split, every example exactly once on any number of processes.
+
+    Returns the recipe's figures with the split's name in front: ``val_loss``, ``val_accuracy``. Every process
+    calls it.
+    """
+    sums = Sums(run.devices.sums_in)
+    with run.evaluating():
+        for batch, count in run.held_out[split]:
+            sums.add(run.evaluate(batch), length(batch), run.weight(batch), counted=count > 0)
+    metrics = sums.means(run.devices.sum, expected=run.held_out[split].reader.n)
+    if split == "val":
+        run.state.validated_step = run.state.step
+    return {f"{split}_{name}": value for name, value in metrics.items()}

@@ -1,0 +1,31 @@
+"""The arithmetic of the loss: a part of a mean, weighted so that the parts add up to the whole."""
+
+import torch
+from torch import Tensor
+
+from scaletrain.errors import InputError
+
+
+def weighted(loss: Tensor, share: float | Tensor) -> Tensor:
+    """Multiply a micro-batch's mean loss by its share of the step's weight; both 0-d.
+
+    Where the share is 0, even a NaN counts for nothing, and nothing flows back from it. Raises InputError
+    for a loss that is not a scalar with a gradient.
+    """
+    if not isinstance(loss, Tensor) or loss.ndim != 0 or not loss.requires_grad:
+        raise InputError(_wrong(loss))
+    if isinstance(share, Tensor):
+        return torch.where(share > 0, loss * share.to(loss.dtype), torch.zeros_like(loss))
+    if share == 0:
+        return torch.where(torch.zeros_like(loss, dtype=torch.bool), loss, torch.zeros_like(loss))
+    return loss if share == 1 else loss * share
+
+
+def _wrong(loss: object) -> str:
+    if not isinstance(loss, Tensor):
+        got = f"a {type(loss).__name__}"
+    elif loss.ndim:
+        got = f"a tensor of shape {tuple(loss.shape)}"
+    else:
+        got = "a scalar that depends on no trainable parameter"
+    return f"loss returned {got}; return a scalar tensor, the mean over the batch, computed from the model's output"

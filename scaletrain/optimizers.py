@@ -1,0 +1,58 @@
+"""The default optimizer: AdamW without decay where decay hurts, fused where the device has it."""
+
+from typing import Any
+
+from torch import nn, optim
+
+from scaletrain.config import Config
+
+FUSED_ON = ("cpu", "cuda", "mps", "xpu")
+"""Devices on which torch's fused optimizers run."""
+
+
+def adamw(model: nn.Module, cfg: Config) -> optim.Optimizer:
+    """Return AdamW over ``parameter_groups`` with the config's lr and weight decay."""
+    device_type = next(model.parameters()).device.type
+    groups = parameter_groups(model, cfg.weight_decay)
+    return optim.AdamW(groups, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=device_type in FUSED_ON)
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Split the trainable parameters: matrices and larger decay, vectors (biases, norms) do not."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    decayed = [p for p in parameters if p.ndim >= 2]
+    kept = [p for p in parameters if p.ndim < 2]
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def set_factors(optimizer: optim.Optimizer, base: list[dict[str, float]], factors: float | dict[str, float]) -> float:
+    """Multiply each group's own rate and momentum by ``factors``; return the first group's rate.
+
+    ``base`` holds each group's values as the optimizer was built (``base_values``).
+    """
+    if isinstance(factors, dict):
+        lr, momentum = factors.get("lr", 1.0), factors.get("momentum")
+    else:
+        lr, momentum = factors, None
+    for group, own in zip(optimizer.param_groups, base, strict=True):
+        group["lr"] = own["lr"] * lr
+        if momentum is not None and "momentum" in own:
+            if "betas" in group:
+                group["betas"] = (own["momentum"] * momentum, *group["betas"][1:])
+            else:
+                group["momentum"] = own["momentum"] * momentum
+    return float(optimizer.param_groups[0]["lr"])
+
+
+def base_values(optimizer: optim.Optimizer) -> list[dict[str, float]]:
+    """Return each group's own learning rate and momentum (Adam's first beta)."""
+    values = []
+    for group in optimizer.param_groups:
+        own = {"lr": float(group["lr"])}
+        if "betas" in group:
+            own["momentum"] = float(group["betas"][0])
+        elif "momentum" in group:
+            own["momentum"] = float(group["momentum"])
+        values.append(own)
+    return values

@@ -1,0 +1,177 @@
+"""Which examples make step k: integer arithmetic, nothing stored.
+
+Training reads an endless stream. Position ``p`` lies in epoch ``p // n`` at place ``p % n``, and a step
+takes the next ``batch_size`` positions. An *order* maps positions to example indices as a pure function,
+so the whole state of the data is one integer, and resuming anywhere, on any number of processes, is
+arithmetic.
+"""
+
+from dataclasses import dataclass, field
+from math import isqrt
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scaletrain.errors import InputError
+
+Indices = NDArray[np.int64]
+Words = NDArray[np.uint64]
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK = (1 << 64) - 1
+_BLOCK = 8192  # indices computed at a time: one alone costs as much as a hundred, through NumPy's call overhead
+
+
+class Order(Protocol):
+    """Map positions of the endless stream, int64 of any shape, to example indices of the same shape."""
+
+    def __call__(self, positions: Indices, /) -> Indices: ...
+
+
+@dataclass(frozen=True)
+class Shuffled:
+    """Every example exactly once per epoch, in an order of its own for each (seed, epoch).
+
+    A Feistel network over pairs (left < a, right < b) with a * b just above n permutes a * b numbers; those
+    that land at n or above walk on until they land below it. Black and Rogaway, "Ciphers with Arbitrary
+    Finite Domains", 2002. Costs about 40 ns an index and no memory, whatever n is.
+    """
+
+    n: int
+    seed: int = 0
+
+    def __call__(self, positions: Indices, /) -> Indices:
+        epoch, place = np.divmod(positions, self.n)
+        if epoch.size and epoch.min() == epoch.max():
+            epoch = epoch.ravel()[:1]  # one key serves the whole block
+        key = _mix(_words(epoch) + np.uint64(seed_for(self.seed, 0)))
+        return _permute(_words(place), self.n, key).view(np.int64)
+
+
+@dataclass(frozen=True)
+class Sequential:
+    """The examples as they lie, epoch after epoch."""
+
+    n: int
+
+    def __call__(self, positions: Indices, /) -> Indices:
+        return positions % self.n
+
+
+@dataclass(frozen=True, eq=False)
+class Given:
+    """The examples in the order of ``indices``, again and again."""
+
+    indices: Indices
+
+    def __call__(self, positions: Indices, /) -> Indices:
+        return self.indices[positions % len(self.indices)]
+
+
+@dataclass(frozen=True, eq=False)
+class Weighted:
+    """Draw with replacement, each example in proportion to its weight: rare classes seen as often as common ones."""
+
+    weights: NDArray[np.floating]
+    seed: int = 0
+    _upper: NDArray[np.float64] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        weights = np.asarray(self.weights, dtype=np.float64)
+        if weights.ndim != 1 or not np.isfinite(weights).all() or (weights < 0).any() or not weights.sum() > 0:
+            raise InputError("weights must be one row of finite numbers >= 0 with a sum above 0")
+        upper = np.cumsum(weights)
+        object.__setattr__(self, "_upper", upper / upper[-1])
+
+    def __call__(self, positions: Indices, /) -> Indices:
+        words = _mix(_words(positions) + np.uint64(seed_for(self.seed, 1)))
+        uniform = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53  # [0, 1)
+        return np.searchsorted(self._upper, uniform, side="right").astype(np.int64)
+
+
+class Share:
+    """What one process reads of each step: shares differ by at most one and partition the step's positions."""
+
+    def __init__(self, order: Order, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
+        self.order = order
+        self.batch_size = batch_size
+        start, stop = batch_size * rank // world_size, batch_size * (rank + 1) // world_size
+        self._offsets = np.arange(start, stop, dtype=np.int64)
+        self.size = stop - start
+        self._steps = max(1, _BLOCK // max(1, self.size))  # steps in a block, of this process's own positions only
+        self._first = 0
+        self._positions = np.empty((0, self.size), dtype=np.int64)
+        self._indices = self._positions
+
+    def __call__(self, first: int) -> tuple[Indices, Indices]:
+        """Return this process's (positions, example indices) of the step whose first position is ``first``."""
+        row, rest = divmod(first - self._first, self.batch_size)
+        if rest or not 0 <= row < len(self._positions):
+            steps = np.arange(self._steps, dtype=np.int64)[:, None]
+            self._first, row = first, 0
+            self._positions = first + steps * self.batch_size + self._offsets
+            self._indices = self.order(self._positions)
+        return self._positions[row], self._indices[row]
+
+
+def split(size: int, parts: int) -> list[slice]:
+    """Cut ``range(size)`` into ``parts`` slices whose sizes differ by at most one."""
+    return [slice(size * i // parts, size * (i + 1) // parts) for i in range(parts)]
+
+
+def micro_batch_count(batch_size: int, world_size: int, micro_batch_size: int | None) -> int:
+    """Number of micro-batches of every process in every step: enough for the largest share."""
+    largest = -(-batch_size // world_size)
+    return 1 if micro_batch_size is None else -(-largest // micro_batch_size)
+
+
+def seed_for(*keys: int) -> int:
+    """Hash integers into 64 bits (splitmix64), for generators and orders that depend on nothing else."""
+    word = 0
+    for key in keys:
+        word = (word ^ key) + _GOLDEN & _MASK
+        word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+        word = (word ^ word >> 27) * 0x94D049BB133111EB & _MASK
+        word ^= word >> 31
+    return word
+
+
+def _permute(place: Words, n: int, key: Words) -> Words:
+    a = isqrt(n - 1) + 1 if n > 1 else 1
+    a, b = np.uint64(a), np.uint64(-(-n // a))
+    left, right = np.divmod(place, b)
+    for r in range(8):
+        round_key = key + np.uint64(r * _GOLDEN & _MASK)
+        half, other, size = (left, right, a) if r % 2 == 0 else (right, left, b)
+        half += _below(other + round_key, size)
+        np.minimum(half, half - size, out=half)  # modulo size: the unsigned difference wraps where half < size
+    left *= b
+    left += right
+    outside = left >= np.uint64(n)  # one in sqrt(n): a * b exceeds n by less than a
+    if outside.any():
+        left[outside] = _permute(left[outside], n, np.broadcast_to(key, left.shape)[outside])
+    return left
+
+
+def _below(words: Words, bound: np.uint64) -> Words:
+    """Hash ``words`` in place into [0, bound), bound < 2**32, by multiplying and shifting instead of dividing."""
+    words = _mix(words)
+    words >>= np.uint64(32)
+    words *= bound
+    words >>= np.uint64(32)
+    return words
+
+
+def _mix(words: Words) -> Words:
+    """Apply splitmix64's finalizer in place: every bit of the input changes half the bits of the output."""
+    words ^= words >> np.uint64(30)
+    words *= np.uint64(0xBF58476D1CE4E5B9)
+    words ^= words >> np.uint64(27)
+    words *= np.uint64(0x94D049BB133111EB)
+    words ^= words >> np.uint64(31)
+    return words
+
+
+def _words(numbers: Indices) -> Words:
+    return numbers.astype(np.uint64)

@@ -1,0 +1,131 @@
+"""What an experiment is: a recipe, a value made of plain functions, and the data it learns from."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn, optim
+
+from scaletrain.config import Config
+from scaletrain.errors import InputError
+from scaletrain.optimizers import adamw
+from scaletrain.order import Order
+from scaletrain.schedules import Schedule, constant
+
+Columns = dict[str, Tensor]
+Batch = Any
+"""A dict, tuple or tensor of tensors whose first dimension is the examples."""
+Metric = Tensor | tuple[Tensor, Tensor]
+Hook = Callable[[Any, Any], None]
+
+
+@dataclass
+class Data:
+    """Training examples and, where there are any, held-out ones.
+
+    Each split is a dict of columns (tensors or NumPy arrays with one row an example, taken without a copy) or
+    a map-style dataset. Raises InputError for an empty split, columns of different lengths, and integer
+    labels outside ``classes``.
+    """
+
+    train: Any
+    val: Any = None
+    test: Any = None
+    classes: Sequence[str] | None = None
+    """Names of the classes that the integers of the column ``label`` stand for."""
+    order: Order | None = None
+    """Which example each position reads; default: shuffled anew in each epoch by the config's seed."""
+
+    def __post_init__(self) -> None:
+        for split in ("train", "val", "test"):
+            examples = getattr(self, split)
+            if isinstance(examples, Mapping):
+                setattr(self, split, _columns(examples, split, self.classes))
+            elif examples is not None and not (hasattr(examples, "__len__") and hasattr(examples, "__getitem__")):
+                raise InputError(
+                    f"{split} is a {type(examples).__name__}; give a dict of columns or a map-style dataset"
+                )
+            elif examples is not None and len(examples) == 0:
+                raise InputError(f"{split} is empty; it needs at least one example")
+        if self.train is None:
+            raise InputError("train is None; a recipe learns from something")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """An experiment: data, model, loss and schedule. Make variants with ``dataclasses.replace``.
+
+    ``model``, ``loss``, ``evaluate`` and the rest are plain functions; the config is the last argument of
+    all but ``schedule``'s steps. Shapes: B is the number of examples in a micro-batch.
+    """
+
+    config: type[Config]
+    """A frozen keyword-only dataclass that inherits Config."""
+    data: Callable[[Any], Data]
+    """``data(cfg)``; called on rank 0 first, then on the others."""
+    model: Callable[[Any, Data], nn.Module]
+    """``model(cfg, data)``, on the CPU, under ``seed``: the same weights on every process."""
+    loss: Callable[[nn.Module, Batch, Any], Tensor]
+    """``loss(model, batch, cfg)``: a scalar, the mean over ``weight(batch)``. The model may be wrapped for
+    several processes: call it, do not reach for its attributes."""
+    evaluate: Callable[[nn.Module, Batch, Any], dict[str, Metric]] | None = None
+    """``evaluate(model, batch, cfg)``: named figures, each per example (B,), or a 0-d mean over
+    ``weight(batch)``, or (sum, count). Without it ``val_loss`` comes from ``loss``."""
+    optimizer: Callable[[nn.Module, Any], optim.Optimizer] = adamw
+    """``optimizer(model, cfg)``."""
+    schedule: Schedule = constant
+    """``schedule(step, total_steps, cfg)``: factors on the optimizer's own values."""
+    weight: Callable[[Batch], Tensor] | None = None
+    """``weight(batch)``, 0-d: what ``loss`` is the mean over. Default: the number of examples."""
+    augment: Callable[[Batch, Any], Batch] | None = None
+    """``augment(batch, cfg)``: on the device, in training only, with torch's default generators."""
+    collate: Callable[[list[Any]], Batch] | None = None
+    """``collate(examples)``: only for a dataset that is read example by example."""
+    hooks: Callable[[Any], Sequence[Hook]] | None = None
+    """``hooks(cfg)``: fresh callables ``hook(run, info)``, called after each step on every process."""
+    expect: Mapping[str, str] | None = None
+    """What the exported weights must reach at default settings, as in ``{"val_accuracy": ">=0.97"}``."""
+
+
+def unmet(expect: Mapping[str, str] | None, metrics: Mapping[str, float]) -> list[str]:
+    """Return a sentence for each expectation that ``metrics`` misses."""
+    compare = {">=": lambda got, want: got >= want, "<=": lambda got, want: got <= want}
+    misses = []
+    for name, wanted in (expect or {}).items():
+        got = metrics.get(name, float("nan"))
+        if not compare[wanted[:2]](got, float(wanted[2:])):
+            misses.append(f"{name} is {got:.4g}, expected {wanted}")
+    return misses
+
+
+def _columns(examples: Mapping[str, Any], split: str, classes: Sequence[str] | None) -> Columns:
+    columns = {name: _as_tensor(column, f"{split} column '{name}'") for name, column in examples.items()}
+    lengths = {name: len(column) for name, column in columns.items()}
+    if not lengths or min(lengths.values()) == 0:
+        raise InputError(f"{split} is empty; it needs at least one example")
+    if len(set(lengths.values())) > 1:
+        raise InputError(f"the columns of {split} have different lengths: {lengths}")
+    label = columns.get("label")
+    if classes is not None and label is not None and not label.is_floating_point():
+        low, high = int(label.min()), int(label.max())
+        if low < 0 or high >= len(classes):
+            raise InputError(
+                f"{split} has labels from {low} to {high}, but there are {len(classes)} classes: "
+                f"labels must lie in 0..{len(classes) - 1}"
+            )
+    return columns
+
+
+def _as_tensor(column: Any, what: str) -> Tensor:
+    if isinstance(column, Tensor):
+        tensor = column
+    else:
+        array = np.asarray(column)
+        if array.dtype.kind not in "biuf":
+            raise InputError(f"{what} holds {array.dtype}; a column is numbers, one row an example")
+        tensor = torch.from_numpy(array)
+    if tensor.ndim == 0:
+        raise InputError(f"{what} is a single number; a column has one row an example")
+    return tensor

@@ -1,0 +1,304 @@
+"""Everything the loop touches, built once from a recipe and a config."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn, optim
+from torch.nn.utils import clip_grad_norm_
+
+from scaletrain.agreement import Wishes, gather_texts, together
+from scaletrain.config import Config
+from scaletrain.devices import Devices
+from scaletrain.errors import DONE
+from scaletrain.folder import WEIGHTS, save_weights, short, write_json
+from scaletrain.loader import HeldOut, Loader, MicroBatch, length
+from scaletrain.optimizers import base_values, set_factors
+from scaletrain.order import seed_for
+from scaletrain.recipe import Batch, Data, Hook, Metric, Recipe, unmet
+from scaletrain.state import State
+from scaletrain.tracking import Tracking
+
+
+class StepInfo(NamedTuple):
+    """What one optimizer step did. The tensors stay on the device: reading one waits for it."""
+
+    step: int
+    """Optimizer steps attempted, completed, this one included."""
+    epoch: float
+    """Passes over the training examples completed, this step included."""
+    samples_seen: int
+    lr: float
+    """Learning rate of the first parameter group in this step."""
+    loss: Tensor
+    """0-d: this process's share of the step's mean loss; ``run.mean(info.loss)`` is the whole."""
+    grad_norm: Tensor | None
+    """0-d: L2 norm of the gradient before clipping; None without ``max_grad_norm``."""
+    finite: Tensor
+    """0-d bool: whether the gradient was finite; where not, the step changed nothing."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended."""
+
+    metrics: dict[str, float]
+    """The last value of each validation and test metric: those of the exported weights."""
+    step: int
+    """Optimizer steps attempted, completed."""
+    best: float | None
+    """Best value of the monitored metric."""
+    best_step: int
+    stop_reason: str
+    """Why it ended before its last step; empty if it did not."""
+    folder: Path
+
+
+@dataclass
+class Run:
+    """One training run on this process. Every process holds one, equal but for its share of the data.
+
+    Its methods are what a loop is written with, in the order in which a step needs them.
+    """
+
+    recipe: Recipe
+    cfg: Config
+    data: Data
+    devices: Devices
+    module: nn.Module
+    """The recipe's model as it is."""
+    model: nn.Module
+    """The model to train: wrapped where several processes share the work."""
+    optimizer: optim.Optimizer
+    loader: Loader
+    held_out: dict[str, HeldOut]
+    """The splits ``val`` and ``test``, where the data has them."""
+    examples: int
+    """Number of training examples: an epoch."""
+    total_steps: int
+    step: "Step"
+    """The optimizer step: ``train_step`` unless ``main(recipe, step=...)`` replaced it."""
+    folder: Path = field(default_factory=Path)
+    """Where the run writes."""
+    tracking: Tracking = field(default_factory=Tracking)
+    """What the run tells; silent until it has a folder."""
+    state: State = field(default_factory=State)
+    hooks: Sequence[Hook] = ()
+    metrics: dict[str, float] = field(default_factory=dict)
+    """The last value of each validation and test metric."""
+    stop_reason: str = ""
+    """Why training ended before the last step, if it did."""
+    paused_seconds: float = 0.0
+    """Time spent in validation so far, which throughput leaves out."""
+
+    def __post_init__(self) -> None:
+        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.scaler = self.devices.accelerator.scaler
+        self._base = base_values(self.optimizer)
+        fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)
+        self._skips_on_device = fused and self.devices.device.type != "cpu"
+        self._one = torch.ones((), device=self.devices.device)
+        self._losses = torch.zeros((), device=self.devices.device)
+        self._losses_from = 0
+        self._skipped = torch.zeros((), device=self.devices.device)
+        self._wishes = Wishes(self.devices.control)
+        self._asked = ""
+
+    def stopping(self) -> bool:
+        """Whether a stop that some process asked for a step ago is due. Every rank must reach this line."""
+        asked_by = self._wishes.exchange()
+        if asked_by is None:
+            return False
+        self.stop_reason = gather_texts(self._asked, self.devices.control)[asked_by]
+        return True
+
+    def prepare_step(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
+        """Set this step's learning rate, seed the generators by (seed, step, rank), and augment."""
+        factors = self.recipe.schedule(self.state.step, self.total_steps, self.cfg)
+        set_factors(self.optimizer, self._base, factors)
+        seed_generators(seed_for(self.cfg.seed, 3, self.state.step, self.devices.rank), self.devices.device)
+        if self.recipe.augment is None:
+            return micro_batches
+        return [MicroBatch(self.recipe.augment(batch, self.cfg), count) for batch, count in micro_batches]
+
+    def shares(self, micro_batches: list[MicroBatch]) -> Sequence[float | Tensor]:
+        """Return each micro-batch's share of the step's weight over all processes; 0 for a repeated one.
+
+        Counts of examples are known everywhere. A recipe's own ``weight`` costs one small reduction: every
+        rank must reach this line.
+        """
+        weight = self.recipe.weight
+        if weight is None:
+            return [count / self.cfg.batch_size for _, count in micro_batches]
+        dtype, device = self.devices.sums_in, self.devices.device
+        own = [torch.as_tensor(weight(b) if count else 0, dtype=dtype, device=device) for b, count in micro_batches]
+        weights = torch.stack(own)
+        total = self.devices.sum(weights.sum())
+        return list(weights / total.clamp(min=torch.finfo(dtype).tiny))
+
+    def zero_grad(self) -> None:
+        """Forget the gradients, without the 8 us that ``optimizer.zero_grad()`` takes on a small model."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def exchanging_gradients(self, last: bool) -> AbstractContextManager[None]:
+        """Average gradients over processes in the last micro-batch only; forward and backward go inside."""
+        if last or self.devices.world_size == 1:
+            return nullcontext()
+        return self.devices.accelerator.no_sync(self.model)
+
+    def backward(self, part: Tensor) -> None:
+        """Add the gradient of this process's part of the mean loss; the exchange averages, so it is scaled up."""
+        if self.devices.world_size > 1:
+            part = part * self.devices.world_size
+        (part if self.scaler is None else self.scaler.scale(part)).backward()  # type: ignore[no-untyped-call]
+
+    def clip_gradients(self) -> Tensor | None:
+        """Scale the gradient down to ``max_grad_norm``; return its norm before, 0-d."""
+        if self.scaler is not None:
+            self.scaler.unscale_(self.optimizer)
+        if self.cfg.max_grad_norm is None:
+            return None
+        return clip_grad_norm_(self.parameters, self.cfg.max_grad_norm)
+
+    def update(self) -> Tensor:
+        """Update the weights unless a gradient is NaN or infinite; return whether it was finite, 0-d bool.
+
+        The gradient is averaged by now, so every process decides alike. Optimizers that take ``found_inf``
+        skip on the device; for others on an accelerator this waits for the device.
+        """
+        found = torch.zeros((), device=self.devices.device)
+        for gradients in _by_dtype(self.parameters).values():
+            torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, self._one)
+        if self.scaler is not None:
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        elif self._skips_on_device:
+            self.optimizer.found_inf = found  # type: ignore[attr-defined]  # what torch's GradScaler does
+            self.optimizer.step()
+        elif not found.item():
+            self.optimizer.step()
+        self._skipped += found
+        return found == 0
+
+    def info(self, loss: Tensor, grad_norm: Tensor | None, finite: Tensor) -> StepInfo:
+        """Describe the step just done: ``loss`` is this process's share of the mean."""
+        samples_seen = self.state.samples_seen + self.cfg.batch_size
+        lr = self.optimizer.param_groups[0]["lr"]
+        return StepInfo(self.state.step + 1, samples_seen / self.examples, samples_seen, lr, loss, grad_norm, finite)
+
+    def count(self, info: StepInfo) -> None:
+        """Move the counters on to after the step that ``info`` describes."""
+        self.state.step, self.state.samples_seen = info.step, info.samples_seen
+        self._losses = self._losses + info.loss
+
+    def log_due(self, info: StepInfo) -> bool:
+        """Whether to log this step's loss: the first, every ``log_every``-th and the last."""
+        return info.step % self.cfg.log_every == 0 or info.step in (1, self.total_steps)
+
+    def validation_due(self, info: StepInfo) -> bool:
+        """Whether to validate: as soon as an epoch is complete, or every ``validate_every`` steps; and at the end."""
+        if "val" not in self.held_out or info.step == self.total_steps:
+            return "val" in self.held_out
+        if self.cfg.validate_every is not None:
+            return info.step % self.cfg.validate_every == 0
+        return info.samples_seen // self.examples > (info.samples_seen - self.cfg.batch_size) // self.examples
+
+    def mean(self, share: Tensor) -> float:
+        """Add up the processes' shares of a mean. Waits for the device; every rank must reach this line."""
+        return float(self.devices.sum(share.detach().clone()))
+
+    def mean_train_loss(self) -> float:
+        """Return the mean loss of the steps since the last call. Every rank must reach this line."""
+        mean = self.mean(self._losses) / max(1, self.state.step - self._losses_from)
+        self._losses, self._losses_from = torch.zeros_like(self._losses), self.state.step
+        return mean
+
+    def newly_skipped(self) -> int:
+        """Count the steps skipped since the last call. Waits for the device."""
+        new = int(self._skipped)
+        self._skipped.zero_()
+        self.state.skipped += new
+        return new
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Put the model into eval mode with rank 0's buffers, and back. Every rank must reach this line."""
+        started = time.perf_counter()
+        self.devices.broadcast_buffers(self.module)
+        modes = [(module, module.training) for module in self.module.modules()]
+        self.module.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            self.paused_seconds += time.perf_counter() - started
+
+    def evaluate(self, batch: Batch) -> dict[str, Metric]:
+        """Return the recipe's figures of a batch; without ``evaluate``, its mean loss."""
+        with self.devices.autocast():
+            if self.recipe.evaluate is None:
+                return {"loss": self.recipe.loss(self.module, batch, self.cfg)}
+            return self.recipe.evaluate(self.module, batch, self.cfg)
+
+    def weight(self, batch: Batch) -> Tensor | float:
+        """Return what a mean over ``batch`` runs over: the recipe's weight, else its number of examples."""
+        return length(batch) if self.recipe.weight is None else self.recipe.weight(batch)
+
+    def log(self, values: dict[str, float]) -> None:
+        """Record figures of the current step: metrics.jsonl, console, tracker."""
+        self.metrics.update({name: value for name, value in values.items() if name.startswith(("val_", "test_"))})
+        step, samples_seen = self.state.step, self.state.samples_seen
+        self.tracking.log(values, step=step, epoch=samples_seen / self.examples, samples_seen=samples_seen)
+
+    def stop(self, reason: str) -> None:
+        """Ask, on any process, that training end; all processes end together, one step later."""
+        self._asked = self._asked or reason
+        self._wishes.stop()
+
+    def finish(self) -> Result:
+        """Export the weights, write result.json, and say how the run ended. Every rank must reach this line."""
+        self._wishes.drain()
+        together(self._write_outcome, self.devices.control)
+        state, say = self.state, self.tracking.say
+        say(f"{self.stop_reason or 'done'}: {state.step} steps, {state.samples_seen / self.examples:.4g} epochs")
+        if state.best is not None:
+            say(f"best {self.cfg.monitored_metric} {state.best:.4f} at step {state.best_step}")
+        say(f"weights of the last step: {short(self.folder / WEIGHTS)}")
+        self.tracking.close()
+        return Result(self.metrics, state.step, state.best, state.best_step, self.stop_reason, self.folder)
+
+    def _write_outcome(self) -> None:
+        if self.devices.is_first:
+            save_weights(self.folder / WEIGHTS, self.module)
+            outcome = {"metrics": self.metrics, "stop_reason": self.stop_reason, **self.state.to_dict()}
+            write_json(
+                self.folder / "result.json", {**outcome, "expect_missed": unmet(self.recipe.expect, self.metrics)}
+            )
+            write_json(self.folder / "exit.json", {"code": DONE, "reason": self.stop_reason or "done"})
+
+
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seed torch's default generators of the CPU and ``device``; 300 times faster than torch.manual_seed."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
+
+
+Step = Callable[[Run, list[MicroBatch]], StepInfo]
+
+
+def _by_dtype(parameters: Sequence[nn.Parameter]) -> dict[torch.dtype, list[Tensor]]:
+    """Group the gradients by dtype, as torch's foreach functions want them."""
+    groups: dict[torch.dtype, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            groups.setdefault(parameter.grad.dtype, []).append(parameter.grad)
+    return groups

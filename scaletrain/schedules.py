@@ -1,0 +1,83 @@
+"""The learning rate as a pure function of the step.
+
+A schedule ``(step, total_steps, cfg)`` gives the factor on the optimizer's own learning rate for the step
+numbered ``step`` (0 is the first), or ``{"lr": factor, "momentum": factor}``. It keeps no state, so a
+resumed run needs none. Give other constants with ``functools.partial(step_decay, gamma=0.5)``.
+"""
+
+from collections.abc import Callable
+from math import cos, pi
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from scaletrain.config import Config
+
+Factors = float | dict[str, float]
+Schedule = Callable[[int, int, Any], Factors]
+
+
+def constant(step: int, total_steps: int, cfg: "Config") -> float:
+    """Keep the optimizer's own rate."""
+    return 1.0
+
+
+def step_decay(step: int, total_steps: int, cfg: "Config", *, every: float = 1 / 3, gamma: float = 0.1) -> float:
+    """Multiply the rate by ``gamma`` after each ``every`` (share of the steps), as torch's StepLR."""
+    return float(gamma ** (step // max(1, round(every * total_steps))))
+
+
+def cosine(step: int, total_steps: int, cfg: "Config", *, final: float = 0.0) -> float:
+    """Fall from 1 to ``final`` along half a cosine, as torch's CosineAnnealingLR."""
+    return _anneal(1.0, final, step / total_steps)
+
+
+def warmup_cosine(step: int, total_steps: int, cfg: "Config", *, final: float = 0.0) -> float:
+    """Rise linearly over ``cfg.warmup`` of the steps, then fall to ``final`` along half a cosine."""
+    rising = warmup_steps(total_steps, cfg)
+    if step < rising:
+        return _rise(step, total_steps, cfg)
+    return _anneal(1.0, final, (step - rising) / max(1, total_steps - rising))
+
+
+def warmup_stable_decay(step: int, total_steps: int, cfg: "Config", *, decay: float = 0.2, final: float = 0.0) -> float:
+    """Rise over ``cfg.warmup`` of the steps, stay at 1, fall linearly to ``final`` over the last ``decay`` of them."""
+    falling = max(1, round(decay * total_steps))
+    left = (total_steps - step) / falling
+    return _rise(step, total_steps, cfg) * (final + (1 - final) * min(1.0, left))
+
+
+def one_cycle(
+    step: int,
+    total_steps: int,
+    cfg: "Config",
+    *,
+    rise: float = 0.3,
+    start: float = 1 / 25,
+    final: float = 1e-4 / 25,
+    low_momentum: float = 0.85 / 0.95,
+) -> dict[str, float]:
+    """Rise from ``start`` to 1 over ``rise`` of the steps and fall to ``final``; momentum moves the other way.
+
+    As torch's OneCycleLR with the optimizer's rate as ``max_lr`` and its momentum as ``max_momentum``
+    (Smith and Topin, "Super-Convergence", 2018). Momentum is Adam's first beta.
+    """
+    peak = rise * total_steps - 1
+    if step < peak:
+        part = step / peak
+        return {"lr": _anneal(start, 1.0, part), "momentum": _anneal(1.0, low_momentum, part)}
+    part = (step - peak) / (total_steps - 1 - peak)
+    return {"lr": _anneal(1.0, final, part), "momentum": _anneal(low_momentum, 1.0, part)}
+
+
+def warmup_steps(total_steps: int, cfg: "Config") -> int:
+    """Number of steps that ``cfg.warmup``, a share of ``total_steps``, stands for."""
+    return round(cfg.warmup * total_steps)
+
+
+def _rise(step: int, total_steps: int, cfg: "Config") -> float:
+    rising = warmup_steps(total_steps, cfg)
+    return min(1.0, (step + 1) / rising) if rising else 1.0
+
+
+def _anneal(start: float, end: float, part: float) -> float:
+    return end + (start - end) * (1 + cos(pi * min(1.0, part))) / 2

@@ -1,0 +1,28 @@
+"""Every counter of a run."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass
+class State:
+    """All that a run counts, in one place, equal on every process. A checkpoint holds the whole of it."""
+
+    step: int = 0
+    """Optimizer steps attempted, completed; the schedule follows it."""
+    samples_seen: int = 0
+    """Positions of the endless stream that were read: where the data stands."""
+    skipped: int = 0
+    """Steps whose gradient was not finite and that changed nothing; counted up to the last log line."""
+    validated_step: int = -1
+    """Step of the last validation; -1 before the first."""
+    best: float | None = None
+    """Best value of the monitored metric so far."""
+    best_step: int = -1
+    """Step at which ``best`` was measured."""
+    validations_without_progress: int = 0
+    """Validations since ``best``, compared with the patience."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return every counter by name."""
+        return asdict(self)
