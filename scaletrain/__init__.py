@@ -8,15 +8,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from scaletrain.build import start as start
     from scaletrain.config import Config as Config
     from scaletrain.config import parse as parse
+    from scaletrain.entry import main as main
     from scaletrain.errors import InputError as InputError
     from scaletrain.loop import forward_backward as forward_backward
     from scaletrain.loop import steps as steps
     from scaletrain.loop import train as train
     from scaletrain.loop import train_step as train_step
     from scaletrain.loop import validate as validate
-    from scaletrain.entry import main as main
     from scaletrain.optimizers import parameter_groups as parameter_groups
     from scaletrain.recipe import Data as Data
     from scaletrain.recipe import Recipe as Recipe
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from scaletrain.schedules import warmup_cosine as warmup_cosine
     from scaletrain.schedules import warmup_stable_decay as warmup_stable_decay
     from scaletrain.sources import load as load
-    from scaletrain.build import start as start
 
 _HOME = {
     "config": ("Config", "parse"),
@@ -47,7 +47,7 @@ _HOME = {
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __version__ = "0.1.0"
-__all__ = sorted(_MODULE_OF)  # noqa: PLE0605  # a list of names, computed
+__all__ = sorted(_MODULE_OF)  # a list of names, computed
 
 
 def __getattr__(name: str) -> Any:

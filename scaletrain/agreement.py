@@ -24,31 +24,34 @@ class Wishes:
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self._group = group
-        self._mine = 0
-        self._flying = torch.zeros((), dtype=torch.int64)
-        self._work: dist.Work | None = None
+        self._mine = 0  # this process's rank + 1 once it asks, so that the maximum names one that did
+        self._sent = 0
+        self._flying: tuple[Tensor, dist.Work] | None = None
 
     def stop(self) -> None:
         """Ask for the end of training."""
         self._mine = 1 + (0 if self._group is None else dist.get_rank())
 
     def exchange(self) -> int | None:
-        """Return the rank whose wish to stop was sent at the call before, else None; send this process's own.
+        """Return the rank that had asked to stop at the call before, else None; send this process's own wish.
 
         Every rank must reach this line, once a step.
         """
         granted = self.drain()
-        self._flying = torch.tensor(self._mine, dtype=torch.int64)
+        self._sent = self._mine
         if self._group is not None:
-            self._work = dist.all_reduce(self._flying, dist.ReduceOp.MAX, group=self._group, async_op=True)
+            wish = torch.tensor(self._mine, dtype=torch.int64)
+            work = dist.all_reduce(wish, dist.ReduceOp.MAX, group=self._group, async_op=True)
+            self._flying = (wish, work)
         return granted
 
     def drain(self) -> int | None:
-        """Wait for the exchange in flight and return the rank that asked to stop, else None."""
-        if self._work is not None:
-            self._work.wait()
-            self._work = None
-        asked = int(self._flying)
+        """Wait for the exchange in flight, if any; return the rank that asked to stop, else None."""
+        asked, self._sent = self._sent, 0
+        if self._flying is not None:
+            wish, work = self._flying
+            work.wait()
+            asked, self._flying = int(wish), None
         return asked - 1 if asked else None
 
 

@@ -132,8 +132,8 @@ def check_monitor(run: Run) -> None:
         return
     sums = Sums(run.devices.sums_in)
     with torch.inference_mode(), run.evaluating():
-        batch, count = next(iter(run.held_out["val"]))
-        sums.add(run.evaluate(batch), length(batch), run.weight(batch), counted=count > 0)
+        batch, counted = next(iter(run.held_out["val"]))
+        sums.add(run.evaluate(batch), length(batch), run.weight(batch), counted=counted > 0)
     names = [f"val_{name}" for name in sums.names]
     if cfg.monitored_metric not in names:
         raise InputError(

@@ -119,7 +119,7 @@ def parse(config: type[C], argv: Sequence[str] | None = None, *, description: st
 
 def is_first_process() -> bool:
     """Whether this process is rank 0, read from the launcher's variables before any process group exists."""
-    return int(os.environ.get("RANK", 0)) == 0
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def _mistake(config: type[Config], args: list[str]) -> str:
@@ -142,8 +142,8 @@ def _mistake(config: type[Config], args: list[str]) -> str:
         try:
             tyro.cli(config, args=group, console_outputs=False)
         except SystemExit:
-            given = " ".join([*group[0].split("=", 1)[1:], *group[1:]])
-            return f"{flag} {given or '(nothing)'}: expected {_allowed(config, name.removeprefix('no_'), flag)}"
+            given = " ".join([*group[0].split("=", maxsplit=1)[1:], *group[1:]])
+            return f"{flag} {given or '(nothing)'}: expected {_allowed(config, name.removeprefix('no_'))}"
     return f"cannot understand '{' '.join(args)}'; see --help"
 
 
@@ -163,7 +163,7 @@ def _by_option(args: list[str]) -> list[list[str]]:
     return groups
 
 
-def _allowed(config: type[Config], name: str, flag: str) -> str:
+def _allowed(config: type[Config], name: str) -> str:
     """Describe in words the values that option ``name`` takes."""
     hint = typing.get_type_hints(config)[name]
     kinds = [kind for kind in (typing.get_args(hint) or (hint,)) if kind is not type(None)]

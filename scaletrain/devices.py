@@ -63,7 +63,7 @@ class Devices:
         return values
 
     def broadcast_buffers(self, module: torch.nn.Module) -> None:
-        """Give every process rank 0's buffers (BatchNorm's differ between replicas). Every rank must reach this line."""
+        """Give every process rank 0's buffers: BatchNorm's differ. Every rank must reach this line."""
         if self.world_size > 1:
             for buffer in module.buffers():
                 dist.broadcast(buffer, src=0)

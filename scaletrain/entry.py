@@ -5,13 +5,13 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
+from scaletrain.build import start
 from scaletrain.config import is_first_process, parse
 from scaletrain.errors import FAILED, INPUT, INTERRUPTED, RANK_ENDED_EARLY, InputError
 from scaletrain.folder import write_json
 from scaletrain.loop import train
 from scaletrain.recipe import Recipe
 from scaletrain.run import Result, Run, Step
-from scaletrain.build import start
 
 
 def main(recipe: Recipe, argv: Sequence[str] | None = None, *, step: Step | None = None) -> Result:

@@ -98,7 +98,7 @@ def keep_source(folder: Path, source: str | None) -> None:
 def _make(out: str | None, name: str) -> Path:
     job = os.environ.get("SLURM_JOB_ID")
     given = out or os.environ.get("SCALETRAIN_OUT") or (f"runs/{name}/slurm-{job}" if job else None)
-    if given is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+    if given is None and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0:
         raise InputError("a launcher that restarts needs the same folder each time: give --out or set SCALETRAIN_OUT")
     try:
         if given is None:

@@ -20,6 +20,10 @@ Request = tuple[Indices, Indices]
 """Positions in the stream, which seed what is random, and the examples to read there."""
 
 WORKER_TIMEOUT_SECONDS = 300
+INDEX_BLOCK = 8192
+"""Indices computed at a time."""
+GATHER_BYTES = 4 << 20
+"""Bytes gathered from columns at a time, at least one step's."""
 
 
 class NamedColumns(dict[str, Any]):
@@ -33,7 +37,7 @@ class MicroBatch(NamedTuple):
     """What one forward pass reads on one process."""
 
     batch: Batch
-    count: int
+    counted: int
     """Examples in it that count; 0 where the process repeats an example only to keep step with the others."""
 
 
@@ -43,6 +47,7 @@ class ColumnReader:
     def __init__(self, columns: Columns) -> None:
         self.columns = columns
         self.n = len(next(iter(columns.values())))
+        self.row_bytes = sum(column[0].nbytes for column in columns.values())
 
     def __call__(self, request: Request) -> Batch:
         indices = torch.from_numpy(request[1])
@@ -83,22 +88,47 @@ class Loader:
     def __init__(self, reader: Reader, share: Share, micro_batches: int, *, workers: int, device: torch.device) -> None:
         self.reader, self.share, self.micro_batches = reader, share, micro_batches
         self.workers, self.device = workers, device
-        self._slices = split(share.size, micro_batches)
-        self.counts = [part.stop - part.start for part in self._slices]
+        parts = split(share.size, micro_batches)
+        self._counted = [part.stop - part.start for part in parts]
+        # a process short of a micro-batch repeats its last example
+        self._parts = [part if part.stop > part.start else slice(share.size - 1, share.size) for part in parts]
 
     def steps(self, first: int) -> Iterator[list[MicroBatch]]:
         """Yield each step's micro-batches, beginning with the step whose first position is ``first``."""
+        return self._from_columns(self.reader, first) if isinstance(self.reader, ColumnReader) else self._read(first)
+
+    def _from_columns(self, reader: ColumnReader, first: int) -> Iterator[list[MicroBatch]]:
+        """Gather and move several steps at once, then cut: a call on a few rows costs as much as on hundreds."""
+        size, names = self.share.size, list(reader.columns)
+        steps = min(INDEX_BLOCK, GATHER_BYTES // max(1, reader.row_bytes)) // size or 1
+        whole = self.micro_batches == 1
+        while True:
+            positions, indices = self.share.block(first, steps)
+            block = to_device(reader((positions.ravel(), indices.ravel())), self.device)
+            columns = [column.view(steps, size, *column.shape[1:]).unbind() for column in block.values()]
+            for rows in zip(*columns, strict=True):
+                batch = NamedColumns(zip(names, rows, strict=True))
+                yield [MicroBatch(batch, size)] if whole else self._cut(batch)
+            first += steps * self.share.batch_size
+
+    def _cut(self, batch: NamedColumns) -> list[MicroBatch]:
+        return [
+            MicroBatch(NamedColumns({name: rows[part] for name, rows in batch.items()}), counted)
+            for part, counted in zip(self._parts, self._counted, strict=True)
+        ]
+
+    def _read(self, first: int) -> Iterator[list[MicroBatch]]:
         batches = read_ahead(self.reader, self._requests(first), self.workers, self.device)
         while True:
-            yield [MicroBatch(to_device(next(batches), self.device), count) for count in self.counts]
+            yield [MicroBatch(to_device(next(batches), self.device), counted) for counted in self._counted]
 
     def _requests(self, first: int) -> Iterator[Request]:
+        steps = INDEX_BLOCK // self.share.size or 1
         while True:
-            positions, indices = self.share(first)
-            for part, count in zip(self._slices, self.counts, strict=True):
-                wanted = part if count else slice(-1, None)  # a process short of one repeats its last example
-                yield positions[wanted], indices[wanted]
-            first += self.share.batch_size
+            for positions, indices in zip(*self.share.block(first, steps), strict=True):
+                for part in self._parts:
+                    yield positions[part], indices[part]
+            first += steps * self.share.batch_size
 
 
 class HeldOut:
@@ -128,9 +158,9 @@ def read_ahead(reader: Reader, requests: Iterator[Request], workers: int, device
     """Answer ``requests`` in order, in ``workers`` processes where there are any."""
     if workers == 0 or isinstance(reader, ColumnReader):
         return map(reader, requests)
-    loader = DataLoader(
+    loader: DataLoader[Batch] = DataLoader(
         reader,  # type: ignore[arg-type]  # its items are whole batches
-        sampler=requests,  # type: ignore[arg-type]  # any iterable of keys serves
+        sampler=requests,
         batch_size=None,
         collate_fn=_as_is,
         num_workers=workers,

@@ -57,11 +57,11 @@ def forward_backward(run: Run, micro_batches: list[MicroBatch]) -> Tensor:
     run.zero_grad()
     parts = []
     shares = run.shares(micro_batches)
-    for i, ((batch, count), share) in enumerate(zip(micro_batches, shares, strict=True)):
+    for i, ((batch, counted), share) in enumerate(zip(micro_batches, shares, strict=True)):
         with run.exchanging_gradients(last=i == len(micro_batches) - 1):
             with run.devices.autocast():
                 loss = run.recipe.loss(run.model, batch, run.cfg)
-            part = weighted(loss, share if count else 0.0)
+            part = weighted(loss, share if counted else 0.0)
             run.backward(part)
         parts.append(part.detach())
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
@@ -76,8 +76,8 @@ def validate(run: Run, split: str = "val") -> dict[str, float]:
     """
     sums = Sums(run.devices.sums_in)
     with run.evaluating():
-        for batch, count in run.held_out[split]:
-            sums.add(run.evaluate(batch), length(batch), run.weight(batch), counted=count > 0)
+        for batch, counted in run.held_out[split]:
+            sums.add(run.evaluate(batch), length(batch), run.weight(batch), counted=counted > 0)
     metrics = sums.means(run.devices.sum, expected=run.held_out[split].reader.n)
     if split == "val":
         run.state.validated_step = run.state.step

@@ -26,23 +26,17 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
     return [group for group in groups if group["params"]]
 
 
-def set_factors(optimizer: optim.Optimizer, base: list[dict[str, float]], factors: float | dict[str, float]) -> float:
-    """Multiply each group's own rate and momentum by ``factors``; return the first group's rate.
-
-    ``base`` holds each group's values as the optimizer was built (``base_values``).
-    """
-    if isinstance(factors, dict):
-        lr, momentum = factors.get("lr", 1.0), factors.get("momentum")
-    else:
-        lr, momentum = factors, None
+def set_factors(optimizer: optim.Optimizer, base: list[dict[str, float]], factors: float | dict[str, float]) -> None:
+    """Multiply each group's own rate and momentum (``base_values``) by ``factors``."""
+    lr = factors if not isinstance(factors, dict) else factors.get("lr", 1.0)
     for group, own in zip(optimizer.param_groups, base, strict=True):
         group["lr"] = own["lr"] * lr
-        if momentum is not None and "momentum" in own:
+    if isinstance(factors, dict) and "momentum" in factors:
+        for group, own in zip(optimizer.param_groups, base, strict=True):
             if "betas" in group:
-                group["betas"] = (own["momentum"] * momentum, *group["betas"][1:])
-            else:
-                group["momentum"] = own["momentum"] * momentum
-    return float(optimizer.param_groups[0]["lr"])
+                group["betas"] = (own["momentum"] * factors["momentum"], *group["betas"][1:])
+            elif "momentum" in group:
+                group["momentum"] = own["momentum"] * factors["momentum"]
 
 
 def base_values(optimizer: optim.Optimizer) -> list[dict[str, float]]:

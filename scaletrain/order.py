@@ -18,9 +18,9 @@ from scaletrain.errors import InputError
 Indices = NDArray[np.int64]
 Words = NDArray[np.uint64]
 
-_GOLDEN = 0x9E3779B97F4A7C15
-_MASK = (1 << 64) - 1
-_BLOCK = 8192  # indices computed at a time: one alone costs as much as a hundred, through NumPy's call overhead
+STRIDE = 0x9E3779B97F4A7C15
+"""An odd number near 2**64 / the golden ratio: its multiples, modulo 2**64, visit every number once."""
+MASK = (1 << 64) - 1
 
 
 class Order(Protocol):
@@ -46,7 +46,7 @@ class Shuffled:
         if epoch.size and epoch.min() == epoch.max():
             epoch = epoch.ravel()[:1]  # one key serves the whole block
         key = _mix(_words(epoch) + np.uint64(seed_for(self.seed, 0)))
-        return _permute(_words(place), self.n, key).view(np.int64)
+        return _permute(_words(place), self.n, key).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Given:
     indices: Indices
 
     def __call__(self, positions: Indices, /) -> Indices:
-        return self.indices[positions % len(self.indices)]
+        return self.indices.take(positions % len(self.indices))
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,29 +90,26 @@ class Weighted:
         return np.searchsorted(self._upper, uniform, side="right").astype(np.int64)
 
 
+@dataclass(frozen=True, eq=False)
 class Share:
     """What one process reads of each step: shares differ by at most one and partition the step's positions."""
 
-    def __init__(self, order: Order, batch_size: int, rank: int = 0, world_size: int = 1) -> None:
-        self.order = order
-        self.batch_size = batch_size
-        start, stop = batch_size * rank // world_size, batch_size * (rank + 1) // world_size
-        self._offsets = np.arange(start, stop, dtype=np.int64)
-        self.size = stop - start
-        self._steps = max(1, _BLOCK // max(1, self.size))  # steps in a block, of this process's own positions only
-        self._first = 0
-        self._positions = np.empty((0, self.size), dtype=np.int64)
-        self._indices = self._positions
+    order: Order
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
 
-    def __call__(self, first: int) -> tuple[Indices, Indices]:
-        """Return this process's (positions, example indices) of the step whose first position is ``first``."""
-        row, rest = divmod(first - self._first, self.batch_size)
-        if rest or not 0 <= row < len(self._positions):
-            steps = np.arange(self._steps, dtype=np.int64)[:, None]
-            self._first, row = first, 0
-            self._positions = first + steps * self.batch_size + self._offsets
-            self._indices = self.order(self._positions)
-        return self._positions[row], self._indices[row]
+    @property
+    def size(self) -> int:
+        """Examples of each step that this process reads."""
+        return len(range(self.batch_size)[split(self.batch_size, self.world_size)[self.rank]])
+
+    def block(self, first: int, steps: int) -> tuple[Indices, Indices]:
+        """Return (positions, example indices), each (steps, size), of the steps from position ``first`` on."""
+        part = split(self.batch_size, self.world_size)[self.rank]
+        starts = first + self.batch_size * np.arange(steps, dtype=np.int64)
+        positions = starts[:, None] + np.arange(part.start, part.stop, dtype=np.int64)
+        return positions, self.order(positions)
 
 
 def split(size: int, parts: int) -> list[slice]:
@@ -130,9 +127,9 @@ def seed_for(*keys: int) -> int:
     """Hash integers into 64 bits (splitmix64), for generators and orders that depend on nothing else."""
     word = 0
     for key in keys:
-        word = (word ^ key) + _GOLDEN & _MASK
-        word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 & _MASK
-        word = (word ^ word >> 27) * 0x94D049BB133111EB & _MASK
+        word = (word ^ key) + STRIDE & MASK
+        word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 & MASK
+        word = (word ^ word >> 27) * 0x94D049BB133111EB & MASK
         word ^= word >> 31
     return word
 
@@ -142,7 +139,7 @@ def _permute(place: Words, n: int, key: Words) -> Words:
     a, b = np.uint64(a), np.uint64(-(-n // a))
     left, right = np.divmod(place, b)
     for r in range(8):
-        round_key = key + np.uint64(r * _GOLDEN & _MASK)
+        round_key = key + np.uint64(r * STRIDE & MASK)
         half, other, size = (left, right, a) if r % 2 == 0 else (right, left, b)
         half += _below(other + round_key, size)
         np.minimum(half, half - size, out=half)  # modulo size: the unsigned difference wraps where half < size

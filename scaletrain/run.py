@@ -18,7 +18,7 @@ from scaletrain.errors import DONE
 from scaletrain.folder import WEIGHTS, save_weights, short, write_json
 from scaletrain.loader import HeldOut, Loader, MicroBatch, length
 from scaletrain.optimizers import base_values, set_factors
-from scaletrain.order import seed_for
+from scaletrain.order import MASK, STRIDE, seed_for
 from scaletrain.recipe import Batch, Data, Hook, Metric, Recipe, unmet
 from scaletrain.state import State
 from scaletrain.tracking import Tracking
@@ -97,11 +97,16 @@ class Run:
 
     def __post_init__(self) -> None:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        dtypes = dict.fromkeys(p.dtype for p in self.parameters)
+        self._same_dtype = [[p for p in self.parameters if p.dtype == dtype] for dtype in dtypes]
         self.scaler = self.devices.accelerator.scaler
+        self._seed = seed_for(self.cfg.seed, 3, self.devices.rank)
         self._base = base_values(self.optimizer)
         fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)
         self._skips_on_device = fused and self.devices.device.type != "cpu"
         self._one = torch.ones((), device=self.devices.device)
+        self._true = torch.ones((), dtype=torch.bool, device=self.devices.device)
+        self._found = torch.zeros((), device=self.devices.device)
         self._losses = torch.zeros((), device=self.devices.device)
         self._losses_from = 0
         self._skipped = torch.zeros((), device=self.devices.device)
@@ -118,12 +123,12 @@ class Run:
 
     def prepare_step(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         """Set this step's learning rate, seed the generators by (seed, step, rank), and augment."""
-        factors = self.recipe.schedule(self.state.step, self.total_steps, self.cfg)
-        set_factors(self.optimizer, self._base, factors)
-        seed_generators(seed_for(self.cfg.seed, 3, self.state.step, self.devices.rank), self.devices.device)
+        step = self.state.step
+        set_factors(self.optimizer, self._base, self.recipe.schedule(step, self.total_steps, self.cfg))
+        seed_generators(self._seed + step * STRIDE & MASK, self.devices.device)
         if self.recipe.augment is None:
             return micro_batches
-        return [MicroBatch(self.recipe.augment(batch, self.cfg), count) for batch, count in micro_batches]
+        return [MicroBatch(self.recipe.augment(batch, self.cfg), counted) for batch, counted in micro_batches]
 
     def shares(self, micro_batches: list[MicroBatch]) -> Sequence[float | Tensor]:
         """Return each micro-batch's share of the step's weight over all processes; 0 for a repeated one.
@@ -133,9 +138,9 @@ class Run:
         """
         weight = self.recipe.weight
         if weight is None:
-            return [count / self.cfg.batch_size for _, count in micro_batches]
+            return [counted / self.cfg.batch_size for _, counted in micro_batches]
         dtype, device = self.devices.sums_in, self.devices.device
-        own = [torch.as_tensor(weight(b) if count else 0, dtype=dtype, device=device) for b, count in micro_batches]
+        own = [torch.as_tensor(weight(b) if counted else 0, dtype=dtype, device=device) for b, counted in micro_batches]
         weights = torch.stack(own)
         total = self.devices.sum(weights.sum())
         return list(weights / total.clamp(min=torch.finfo(dtype).tiny))
@@ -149,13 +154,13 @@ class Run:
         """Average gradients over processes in the last micro-batch only; forward and backward go inside."""
         if last or self.devices.world_size == 1:
             return nullcontext()
-        return self.devices.accelerator.no_sync(self.model)
+        return self.devices.accelerator.no_sync(self.model)  # type: ignore[no-any-return]  # accelerate has no types
 
     def backward(self, part: Tensor) -> None:
         """Add the gradient of this process's part of the mean loss; the exchange averages, so it is scaled up."""
         if self.devices.world_size > 1:
             part = part * self.devices.world_size
-        (part if self.scaler is None else self.scaler.scale(part)).backward()  # type: ignore[no-untyped-call]
+        (part if self.scaler is None else self.scaler.scale(part)).backward()
 
     def clip_gradients(self) -> Tensor | None:
         """Scale the gradient down to ``max_grad_norm``; return its norm before, 0-d."""
@@ -171,9 +176,11 @@ class Run:
         The gradient is averaged by now, so every process decides alike. Optimizers that take ``found_inf``
         skip on the device; for others on an accelerator this waits for the device.
         """
-        found = torch.zeros((), device=self.devices.device)
-        for gradients in _by_dtype(self.parameters).values():
-            torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, self._one)
+        found = self._found.zero_()
+        for parameters in self._same_dtype:
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            if gradients:
+                torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, self._one)
         if self.scaler is not None:
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -182,6 +189,7 @@ class Run:
             self.optimizer.step()
         elif not found.item():
             self.optimizer.step()
+            return self._true
         self._skipped += found
         return found == 0
 
@@ -293,12 +301,3 @@ def seed_generators(seed: int, device: torch.device) -> None:
 
 
 Step = Callable[[Run, list[MicroBatch]], StepInfo]
-
-
-def _by_dtype(parameters: Sequence[nn.Parameter]) -> dict[torch.dtype, list[Tensor]]:
-    """Group the gradients by dtype, as torch's foreach functions want them."""
-    groups: dict[torch.dtype, list[Tensor]] = {}
-    for parameter in parameters:
-        if parameter.grad is not None:
-            groups.setdefault(parameter.grad.dtype, []).append(parameter.grad)
-    return groups

@@ -44,7 +44,7 @@ def hold_out(label: Tensor, share: float, seed: int) -> Tensor:
     """Choose ``share`` of each class: a (N,) bool mask that depends on (seed, index) alone, not on other draws."""
     rank = np.array([seed_for(seed, index) for index in range(len(label))], dtype=np.uint64)
     mask = torch.zeros(len(label), dtype=torch.bool)
-    for cls in label.unique():
+    for cls in label.unique():  # type: ignore[no-untyped-call]
         members = (label == cls).nonzero()[:, 0]
         order = torch.from_numpy(np.argsort(rank[members.numpy()], kind="stable"))
         mask[members[order[: round(share * len(members))]]] = True

@@ -4,8 +4,9 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from math import nan
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from accelerate.tracking import WandBTracker
 from rich.console import Console
@@ -16,41 +17,29 @@ from scaletrain.folder import strict
 PLAIN_LINE_SECONDS = 10
 """Without a terminal, training says where it is at most this often; validations always print."""
 REDRAW_SECONDS = 0.1
+FLUSH_SECONDS = 1
 
 
 class Tracking:
     """The voice of a run: rank 0's. Without a folder, as on the other ranks, every method does nothing."""
 
-    def __init__(
-        self,
-        folder: Path | None = None,
-        *,
-        total_steps: int = 0,
-        by_epoch: bool = True,
-        console: Console | None = None,
-    ) -> None:
-        self.folder, self.total_steps, self.by_epoch = folder, total_steps, by_epoch
-        self.console = console or Console(highlight=False, soft_wrap=True)
-        self._metrics: TextIO | None = None
-        self._timing: TextIO | None = None
+    def __init__(self, folder: Path | None = None, *, total_steps: int = 0, by_epoch: bool = True) -> None:
+        self.folder, self.by_epoch = folder, by_epoch
+        self._metrics = JsonLines(folder / "metrics.jsonl") if folder else None
+        self._timing = JsonLines(folder / "timing.jsonl") if folder else None
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._progress = StepLine(self._console, total_steps)
         self._tracker: WandBTracker | None = None
-        self._bar: Progress | None = None
-        self._task = TaskID(0)
-        self._drawn = 0.0
-        self._examples_per_second = 0.0
-        if folder is not None:
-            self._metrics = (folder / "metrics.jsonl").open("w", buffering=1)
-            self._timing = (folder / "timing.jsonl").open("w", buffering=1)
 
     def say(self, text: str) -> None:
         """Print a line."""
         if self.folder is not None:
-            self.console.print(text, markup=False)
+            self._console.print(text, markup=False)
 
     def warn(self, text: str) -> None:
         """Print a line that asks for attention."""
         if self.folder is not None:
-            self.console.print(f"warning: {text}", style="yellow", markup=False)
+            self._console.print(f"warning: {text}", style="yellow", markup=False)
 
     def start_tracker(self, track: str, name: str, config: Mapping[str, Any]) -> None:
         """Connect the tracker that ``--track`` names; wandb is offline unless it has a key or WANDB_MODE says more."""
@@ -58,9 +47,8 @@ class Tracking:
             return
         mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
         try:
-            self._tracker = WandBTracker(
-                "scaletrain", name=f"{name}/{self.folder.name}", dir=str(self.folder), mode=mode
-            )
+            run_name = f"{name}/{self.folder.name}"
+            self._tracker = WandBTracker("scaletrain", name=run_name, dir=str(self.folder), mode=mode)
             self._tracker.start()
             self._tracker.store_init_configuration(strict(config))
         except Exception as error:  # whatever a tracker does, training goes on
@@ -69,87 +57,125 @@ class Tracking:
             self.say(f"tracking with wandb, {mode}")
 
     def log(self, values: Mapping[str, float], *, step: int, epoch: float, samples_seen: int) -> None:
-        """Record ``values`` of this step: a line in metrics.jsonl, the tracker, the console."""
+        """Record figures of this step: a line in metrics.jsonl, the tracker, the console."""
         if self._metrics is None:
             return
-        place = {"step": step, "epoch": epoch, "samples_seen": samples_seen}
-        self._metrics.write(json.dumps(strict({**place, **values})) + "\n")
+        self._metrics.add({"step": step, "epoch": epoch, "samples_seen": samples_seen, **values})
         if self._tracker is not None:
             try:
                 self._tracker.log(dict(values), step=step)
             except Exception as error:  # whatever a tracker does, training goes on
                 self._drop_tracker(error)
-        if any(name.startswith(("val_", "test_")) for name in values):
-            self.say(_result_line(f"epoch {int(epoch):02d}" if self.by_epoch else f"step {step}", values))
+        if "loss" in values:
+            self._progress.show(step, epoch, values)
         else:
-            self._progress(step, epoch, values)
+            self.say(_result_line(f"epoch {int(epoch):02d}" if self.by_epoch else f"step {step}", values))
 
     def timing(self, step: int, seconds: float, examples_per_second: float) -> None:
-        """Record the speed since the line before: wall-clock values go to timing.jsonl alone."""
-        self._examples_per_second = examples_per_second
+        """Record the speed since the line before; wall-clock values go to timing.jsonl alone."""
+        self._progress.examples_per_second = examples_per_second
         if self._timing is not None:
-            line = {"step": step, "seconds": round(seconds, 3), "examples_per_second": round(examples_per_second, 1)}
-            self._timing.write(json.dumps(line) + "\n")
+            self._timing.add({"step": step, "seconds": seconds, "examples_per_second": examples_per_second})
 
     def close(self) -> None:
         """Finish the bar, the tracker and the files."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        self._progress.close()
         if self._tracker is not None:
             try:
                 self._tracker.finish()
-            except Exception as error:  # whatever a tracker does, the run has ended well
+            except Exception as error:  # whatever a tracker does, the run ends as it would have
                 self._drop_tracker(error)
             self._tracker = None
-        for file in (self._metrics, self._timing):
-            if file is not None:
-                file.close()
-
-    def _progress(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
-        now = time.monotonic()
-        speed = f"{self._examples_per_second:,.0f} examples/s" if self._examples_per_second else ""
-        if self.console.is_terminal:
-            if now - self._drawn < REDRAW_SECONDS and step < self.total_steps:
-                return
-            if self._bar is None:
-                self._bar, self._task = _make_bar(self.console, self.total_steps)
-            told = f"loss {values.get('loss', float('nan')):.4f}  lr {values.get('lr', float('nan')):.1e}  {speed}"
-            self._bar.update(self._task, completed=step, epoch=f"{epoch:5.1f}", told=told)
-            self._bar.refresh()
-        elif now - self._drawn < PLAIN_LINE_SECONDS:
-            return
-        elif self._drawn:  # not at the first step: there is no speed yet
-            loss, lr = values.get("loss", float("nan")), values.get("lr", float("nan"))
-            self.say(f"step {step}/{self.total_steps}  epoch {epoch:.1f}  loss {loss:.4f}  lr {lr:.1e}  {speed}")
-        self._drawn = now
+        for lines in (self._metrics, self._timing):
+            if lines is not None:
+                lines.flush()
 
     def _drop_tracker(self, error: Exception) -> None:
-        """Warn once; afterwards the run goes on without its tracker."""
+        """Warn once; the run goes on without its tracker."""
         self._tracker = None
-        lines = str(error).strip().splitlines() or [""]
-        self.warn(
-            f"the tracker failed and is off from here on ({type(error).__name__}: {lines[0]}); metrics.jsonl has everything"
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        why = f"{type(error).__name__}: {first_line}"
+        self.warn(f"the tracker failed and is off from here on ({why}); metrics.jsonl has everything")
+
+
+class JsonLines:
+    """A file of one JSON object a line, written about once a second: a line at a time would cost 30 us more."""
+
+    def __init__(self, path: Path) -> None:
+        path.write_text("")
+        self._path = path
+        self._pending: list[Mapping[str, Any]] = []
+        self._flushed = time.monotonic()
+
+    def add(self, record: Mapping[str, Any]) -> None:
+        """Append a record; NaN becomes null."""
+        self._pending.append(record)
+        if time.monotonic() - self._flushed > FLUSH_SECONDS:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is pending."""
+        with self._path.open("a") as file:
+            file.writelines(json.dumps(strict(record)) + "\n" for record in self._pending)
+        self._pending.clear()
+        self._flushed = time.monotonic()
+
+
+class StepLine:
+    """Where training stands: a bar on a terminal, elsewhere a line now and then."""
+
+    def __init__(self, console: Console, total_steps: int) -> None:
+        self.examples_per_second = 0.0
+        self._console, self._total_steps = console, total_steps
+        self._on_terminal = console.is_terminal
+        self._seconds = REDRAW_SECONDS if self._on_terminal else PLAIN_LINE_SECONDS
+        self._bar: Progress | None = None
+        self._task = TaskID(0)
+        self._shown = time.monotonic()
+
+    def show(self, step: int, epoch: float, values: Mapping[str, float]) -> None:
+        """Show this step, unless another was shown a moment ago."""
+        now = time.monotonic()
+        if now - self._shown < self._seconds:
+            return
+        self._shown = now
+        speed = f"{self.examples_per_second:,.0f} examples/s" if self.examples_per_second else ""
+        told = f"loss {values.get('loss', nan):.4f}  lr {values.get('lr', nan):.1e}  {speed}"
+        if not self._on_terminal:
+            self._console.print(f"step {step}/{self._total_steps}  epoch {epoch:.1f}  {told}", markup=False)
+            return
+        if self._bar is None:
+            self._bar = self._make_bar()
+        self._bar.update(self._task, completed=step, epoch=epoch, told=told)
+        self._bar.refresh()
+
+    def close(self) -> None:
+        """Take the bar off the screen."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _make_bar(self) -> Progress:
+        bar = Progress(
+            TextColumn("epoch {task.fields[epoch]:.1f}  step {task.completed:.0f}/{task.total:.0f}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[told]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            auto_refresh=False,
+            transient=True,
         )
+        self._task = bar.add_task("train", total=self._total_steps, epoch=0.0, told="")
+        bar.start()
+        return bar
 
 
 def _result_line(place: str, values: Mapping[str, float]) -> str:
     """The tutorial's line: ``epoch 03  train 0.1234  val 0.1200  accuracy 0.9712``."""
-    first = [name for name in ("train_loss", "val_loss", "test_loss") if name in values]
-    words = [f"{name.removesuffix('_loss')} {values[name]:.4f}" for name in first]
-    words += [f"{name.removeprefix('val_')} {value:.4f}" for name, value in values.items() if name not in first]
+    losses = [name for name in ("train_loss", "val_loss", "test_loss") if name in values]
+    words = [f"{name.removesuffix('_loss')} {values[name]:.4f}" for name in losses]
+    words += [f"{name.removeprefix('val_')} {value:.4f}" for name, value in values.items() if name not in losses]
     return "  ".join([place, *words])
-
-
-def _make_bar(console: Console, total_steps: int) -> tuple[Progress, TaskID]:
-    columns = ["epoch {task.fields[epoch]}", "step {task.completed:.0f}/{task.total:.0f}", "{task.fields[told]}"]
-    texts = [TextColumn(column) for column in columns]
-    bar = Progress(
-        *texts[:2], BarColumn(bar_width=20), texts[2], TimeRemainingColumn(), console=console, auto_refresh=False
-    )
-    task = bar.add_task("train", total=total_steps, epoch="", told="")
-    bar.start()
-    return bar, task
 
 
 def _has_wandb_key() -> bool:
