@@ -121,7 +121,7 @@ class Arms:
             started = time.perf_counter()
             train(run)
             seconds = time.perf_counter() - started
-                run.finish()
+            run.finish()
         self.weights["train"] = list(run.module.parameters())
         return seconds
 

@@ -66,7 +66,8 @@ class Given:
     indices: Indices
 
     def __call__(self, positions: Indices, /) -> Indices:
-        return self.indices.take(positions % len(self.indices))
+        chosen: Indices = self.indices[positions % len(self.indices)]
+        return chosen
 
 
 @dataclass(frozen=True, eq=False)
