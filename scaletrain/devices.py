@@ -1,8 +1,8 @@
 """Where a run computes: processes, device, number format, threads, process groups."""
 
 import os
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -79,9 +79,11 @@ def set_up(precision: str = "auto", threads: int | None = None) -> Devices:
     device_type = available_device()
     check_processes(device_type, launch)
     chosen = choose_precision(precision, device_type, os.environ.get("ACCELERATE_MIXED_PRECISION"), _gpu_has_bf16())
-    torch.set_num_threads(choose_threads(threads, os.environ, _cores(), launch) or torch.get_num_threads())
+    number = choose_threads(threads, os.environ, _cores(), launch) or torch.get_num_threads()
     AcceleratorState._reset_state()  # a second run in the same process may choose another precision
-    accelerator = Accelerator(cpu=device_type == "cpu", mixed_precision="no" if chosen == "fp32" else chosen)
+    with _omp_num_threads(number):
+        accelerator = Accelerator(cpu=device_type == "cpu", mixed_precision="no" if chosen == "fp32" else chosen)
+    torch.set_num_threads(number)
     if accelerator.num_processes != launch.world_size:
         raise InputError(
             f"the launcher started {launch.world_size} processes, but this one sees {accelerator.num_processes}: "
@@ -158,6 +160,16 @@ def choose_threads(asked: int | None, env: Mapping[str, str], cores: int, launch
 def copies_without_waiting(device_type: str) -> bool:
     """Whether host-to-device copies may overlap: on CUDA; on MPS they returned garbage (pytorch #139550)."""
     return device_type == "cuda"
+
+
+@contextmanager
+def _omp_num_threads(number: int) -> Iterator[None]:
+    """Say the number of threads while Accelerate sets up: where nobody has, it warns and chooses its own."""
+    said = "OMP_NUM_THREADS" in os.environ
+    os.environ.setdefault("OMP_NUM_THREADS", str(number))
+    yield
+    if not said:
+        del os.environ["OMP_NUM_THREADS"]
 
 
 def _gpu_has_bf16() -> bool:

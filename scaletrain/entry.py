@@ -15,14 +15,14 @@ from scaletrain.run import Result, Run, Step
 
 
 def main(recipe: Recipe, argv: Sequence[str] | None = None, *, step: Step | None = None) -> Result:
-    """Parse the command line, train the recipe, export the weights; the last line of a recipe file.
+    """Parse the command line, train the recipe, export the weights: the last line of a recipe file.
 
-    ``step`` replaces ``train_step``. Ends the process with a code of ``scaletrain.errors`` when the run cannot
-    be finished: one line for what the user can mend, a traceback for what is a bug.
+    ``step`` replaces ``train_step``. When the run cannot be finished, the process ends with a code of
+    ``scaletrain.errors``: after one line for what the user can mend, after a traceback for what is a bug.
     """
     run: Run | None = None
     try:
-        cfg = parse(recipe.config, argv, description=(sys.modules[recipe.loss.__module__].__doc__ or "").strip())
+        cfg = parse(recipe.config, argv, description=_about(recipe))
         run = start(recipe, cfg, source=_script() if argv is None else None, step=step)
         train(run)
         return run.finish()
@@ -33,35 +33,41 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None, *, step: Step | None
     except KeyboardInterrupt:
         _end(run, INTERRUPTED, "interrupted")
     except SystemExit as ended:
-        if run is None:  # --help
-            raise
-        _end(
-            run,
-            RANK_ENDED_EARLY if ended.code in (0, None) else int(ended.code or 0),
-            f"a process ended the run early: exit({ended.code})",
-        )
+        if run is not None and ended.code in (0, None):  # the other ranks would wait for this one
+            _record(run, RANK_ENDED_EARLY, f"rank {run.devices.rank} called exit before the end of training")
+            _leave(run, RANK_ENDED_EARLY)
+        raise
     except BaseException as error:
         _record(run, FAILED, f"{type(error).__name__}: {error}")
         raise
 
 
 def _end(run: Run | None, code: int, reason: str) -> NoReturn:
-    """Say why the run ended, on rank 0, and leave with ``code``."""
-    _record(run, code, reason)
+    """Say on rank 0 why the run ended, and leave with ``code``."""
+    if run is None or run.devices.is_first:
+        _record(run, code, reason)
     if is_first_process():
         print(reason, file=sys.stderr, flush=True)
-    if run is not None and run.devices.world_size > 1:
-        sys.stdout.flush()
-        os._exit(code)  # the others may be waiting in a collective, which would hold this process at exit
-    sys.exit(code)
+    _leave(run, code)
 
 
 def _record(run: Run | None, code: int, reason: str) -> None:
-    """Close the progress bar and the files, and leave the outcome in exit.json, which launch scripts read."""
-    if run is None or not run.devices.is_first:
-        return
-    run.tracking.close()
-    write_json(run.folder / "exit.json", {"code": code, "reason": reason})
+    """Close what is open and leave the outcome in exit.json, which launch scripts read."""
+    if run is not None:
+        run.tracking.close()
+        write_json(run.folder / "exit.json", {"code": code, "reason": reason})
+
+
+def _leave(run: Run | None, code: int) -> NoReturn:
+    if run is not None and run.devices.world_size > 1:
+        sys.stdout.flush()
+        os._exit(code)  # an exchange with ranks that may be gone would hold an orderly exit
+    sys.exit(code)
+
+
+def _about(recipe: Recipe) -> str:
+    """The docstring of the recipe's file, for --help."""
+    return (sys.modules[recipe.loss.__module__].__doc__ or "").strip()
 
 
 def _script() -> str | None:

@@ -45,7 +45,7 @@ def agree_on_folder(out: str | None, name: str, group: dist.ProcessGroup | None)
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write ``content`` so that the file is either whole or not there; NaN becomes null, as JSON has none."""
-    draft = path.with_name(path.name + ".draft")
+    draft = path.with_name(f"{path.name}.{os.getpid()}.draft")
     draft.write_text(json.dumps(strict(content), indent=2) + "\n")
     draft.replace(path)
 
@@ -112,7 +112,8 @@ def _make(out: str | None, name: str) -> Path:
         ) from None
     if _is_done(folder):
         raise InputError(f"{folder} holds a run that is done; choose another --out")
-    return folder.resolve()
+    (folder / "exit.json").unlink(missing_ok=True)
+    return folder.absolute()
 
 
 def _make_new(parent: Path) -> Path:
@@ -121,7 +122,7 @@ def _make_new(parent: Path) -> Path:
         folder = parent / (time.strftime("%Y%m%d-%H%M%S") + (f"-{attempt}" if attempt else ""))
         try:
             folder.mkdir(parents=True)
-            return folder.resolve()
+            return folder.absolute()
         except FileExistsError:
             continue
     raise InputError(f"cannot find a free name in {parent}; choose --out")

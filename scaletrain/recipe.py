@@ -78,7 +78,8 @@ class Recipe:
     schedule: Schedule = constant
     """``schedule(step, total_steps, cfg)``: factors on the optimizer's own values."""
     weight: Callable[[Batch], Tensor] | None = None
-    """``weight(batch)``, 0-d: what ``loss`` is the mean over. Default: the number of examples."""
+    """``weight(batch)``, 0-d: what ``loss`` is the mean over, as valid tokens. Default: the number of examples.
+    Where it may be 0, ``loss`` must not divide by it: ``clamp(min=1)``."""
     augment: Callable[[Batch, Any], Batch] | None = None
     """``augment(batch, cfg)``: on the device, in training only, with torch's default generators."""
     collate: Callable[[list[Any]], Batch] | None = None
