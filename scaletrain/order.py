@@ -88,7 +88,8 @@ class Weighted:
     def __call__(self, positions: Indices, /) -> Indices:
         words = _mix(_words(positions) + np.uint64(seed_for(self.seed, 1)))
         uniform = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53  # [0, 1)
-        return np.searchsorted(self._upper, uniform, side="right").astype(np.int64)
+        drawn: Indices = np.searchsorted(self._upper, uniform, side="right").astype(np.int64)
+        return drawn
 
 
 @dataclass(frozen=True, eq=False)
