@@ -1,9 +1,9 @@
 """The tutorial's multilayer perceptron on a table: three linear layers, sizes taken from the data.
 
     accelerate launch recipes/mlp.py
-    accelerate launch recipes/mlp.py --data digits --width 128 --epochs 30
+    accelerate launch recipes/mlp.py --data wine --epochs 50 --width 16
 
-Expected: val_accuracy 0.94 or better on the built-in wine table (178 wines, 13 measurements, 3 cultivars).
+Expected: val_accuracy 0.96 or better on the built-in digits, read as a table (1,797 handwritten digits, 64 pixels).
 """
 
 from dataclasses import dataclass
@@ -16,10 +16,9 @@ from scaletrain import Config, Data, Recipe, load, main, warmup_cosine
 
 @dataclass(frozen=True, kw_only=True)
 class MLPConfig(Config):
-    data: str = "wine"
-    """Built-in table: wine, iris, breast_cancer or digits."""
-    epochs: float = 50
-    batch_size: int = 32
+    data: str = "digits"
+    """Built-in table: digits, wine, iris or breast_cancer."""
+    epochs: float = 20
     lr: float = 3e-3
     width: int = 64
     """Units in each of the two hidden layers. A smaller model overfits less."""
@@ -27,7 +26,8 @@ class MLPConfig(Config):
 
 def load_data(cfg: MLPConfig) -> Data:
     data = load(cfg.data, split_seed=cfg.split_seed)  # features (N, F) float, label (N,) int
-    mean, std = data.train["features"].mean(0), data.train["features"].std(0).clamp(min=1e-6)
+    mean, std = data.train["features"].mean(0), data.train["features"].std(0)
+    std[std == 0] = 1  # a pixel that is always empty
     for split in (data.train, data.val):  # both by the training examples' scale: nothing leaks from the others
         split["features"] = (split["features"] - mean) / std
     return data
@@ -66,7 +66,7 @@ recipe = Recipe(
     loss=loss,
     evaluate=evaluate,
     schedule=warmup_cosine,
-    expect={"val_accuracy": ">=0.94"},
+    expect={"val_accuracy": ">=0.96"},
 )
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ resumed run needs none. Give other constants with ``functools.partial(step_decay
 """
 
 from collections.abc import Callable
-from math import cos, pi
+from math import ceil, cos, pi
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -22,8 +22,8 @@ def constant(step: int, total_steps: int, cfg: "Config") -> float:
 
 
 def step_decay(step: int, total_steps: int, cfg: "Config", *, every: float = 1 / 3, gamma: float = 0.1) -> float:
-    """Multiply the rate by ``gamma`` after each ``every`` (share of the steps), as torch's StepLR."""
-    return float(gamma ** (step // max(1, round(every * total_steps))))
+    """Multiply the rate by ``gamma`` after each ``every`` (share of the steps, rounded up), as torch's StepLR."""
+    return float(gamma ** (step // max(1, ceil(every * total_steps - 1e-9))))
 
 
 def cosine(step: int, total_steps: int, cfg: "Config", *, final: float = 0.0) -> float:
@@ -62,8 +62,8 @@ def one_cycle(
     (Smith and Topin, "Super-Convergence", 2018). Momentum is Adam's first beta.
     """
     peak = rise * total_steps - 1
-    if step < peak:
-        part = step / peak
+    if step < peak or peak == total_steps - 1:
+        part = step / peak if peak else 1.0
         return {"lr": _anneal(start, 1.0, part), "momentum": _anneal(1.0, low_momentum, part)}
     part = (step - peak) / (total_steps - 1 - peak)
     return {"lr": _anneal(1.0, final, part), "momentum": _anneal(low_momentum, 1.0, part)}

@@ -22,6 +22,8 @@ def launch(*command, timeout=120, **env):
 def script(folder, body):
     """Write a recipe file with ``body``, which finds tests/tiny.py and scaletrain imported; returns its path."""
     path = folder / "own_recipe.py"
-    head = f"import sys\nfrom dataclasses import replace\n\nimport torch\n\nsys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+    head = (
+        f"import sys\nfrom dataclasses import replace\n\nimport torch\n\nsys.path.insert(0, {str(ROOT / 'tests')!r})\n"
+    )
     path.write_text(f"{head}import tiny\nfrom scaletrain import *\n\n{body}\n")
     return path

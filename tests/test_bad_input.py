@@ -29,7 +29,9 @@ def ends_with_one_line(capsys, recipe, argv, code=2):
 
 
 def with_data(**changes):
-    return replace(tiny.recipe, data=lambda cfg: Data(**{"train": tiny.table(), "val": tiny.table(53, seed=1)} | changes))
+    return replace(
+        tiny.recipe, data=lambda cfg: Data(**{"train": tiny.table(), "val": tiny.table(53, seed=1)} | changes)
+    )
 
 
 def table_without(column):
@@ -78,8 +80,16 @@ CASES = {
         [],
         "train has labels from 7 to 7, but there are 3 classes: labels must lie in 0..2",
     ),
-    "a column the loss wants": (with_data(train=table_without("x")), [], "the batch has no column 'x'; its columns are 'y'"),
-    "a column evaluate wants": (with_data(val=table_without("y")), [], "the batch has no column 'y'; its columns are 'x'"),
+    "a column the loss wants": (
+        with_data(train=table_without("x")),
+        [],
+        "the batch has no column 'x'; its columns are 'y'",
+    ),
+    "a column evaluate wants": (
+        with_data(val=table_without("y")),
+        [],
+        "the batch has no column 'y'; its columns are 'x'",
+    ),
     "unknown data": (
         replace(tiny.recipe, data=lambda cfg: load("digts")),
         [],
@@ -93,7 +103,11 @@ CASES = {
     "a file that is missing": (replace(tiny.recipe, data=lambda cfg: open("no.csv")), [], "[Errno 2] No such file"),  # noqa: SIM115, PTH123
     "fp16 on a CPU": (tiny.recipe, ["--precision", "fp16"], "--precision fp16 does not train on cpu; use bf16 or fp32"),
     "a folder that cannot be written": (tiny.recipe, ["--out", "/proc/run"], "cannot write the run folder /proc/run: "),
-    "a file where the folder should be": (tiny.recipe, ["--out", __file__], f"cannot write the run folder {__file__}: "),
+    "a file where the folder should be": (
+        tiny.recipe,
+        ["--out", __file__],
+        f"cannot write the run folder {__file__}: ",
+    ),
     "a metric evaluate does not return": (
         tiny.recipe,
         ["--monitor", "max:val_f1"],
@@ -187,7 +201,9 @@ def test_a_script_exits_with_2_and_one_line():
 
 
 def test_accelerate_launch_shows_the_same_line_without_a_traceback():
-    ended = launch(sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "-q", RECIPES / "cnn.py", "--lr", "0")
+    ended = launch(
+        sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "-q", RECIPES / "cnn.py", "--lr", "0"
+    )
     assert ended.returncode != 0
     assert "error: --lr is 0.0; it must be a finite number above 0\n" in ended.stderr
     assert "Traceback" not in ended.stderr
@@ -229,7 +245,10 @@ main(tiny.recipe, ["--max-steps", "3", "--out", "/proc/self/cwd/run"])  # the sa
 """
     ended = launch(*TORCHRUN, script(tmp_path, body))
     (line,) = lines_of_ours(ended)
-    assert "rank 1 does not see the run folder /proc/self/cwd/run that rank 0 made; choose an --out on a shared disk" in line
+    assert (
+        "rank 1 does not see the run folder /proc/self/cwd/run that rank 0 made; choose an --out on a shared disk"
+        in line
+    )
 
 
 def test_processes_that_would_train_alone_are_refused(tmp_path):

@@ -24,9 +24,10 @@ class TinyConfig(Config):
 
 def table(n=101, classes=3, seed=0):
     """A table that can be learned: (n, 5) float64 features, labels, a weight and each row's own number."""
+    truth = np.random.default_rng(99).normal(size=(5, classes))
     rng = np.random.default_rng(seed)
     features = rng.normal(size=(n, 5))
-    label = (features @ rng.normal(size=(5, classes)) + 0.5 * rng.normal(size=(n, classes))).argmax(1)
+    label = (features @ truth + 0.5 * rng.normal(size=(n, classes))).argmax(1)
     return {"x": features, "y": label, "w": rng.integers(0, 4, n), "row": np.arange(n)}
 
 

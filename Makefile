@@ -1,0 +1,50 @@
+# make alone prints the targets. Everything runs in .venv, which is made on first use from constraints.txt.
+
+SHELL := /bin/bash
+PYTHON ?= python3
+RECIPE ?= cnn
+ARGS ?=
+BIN := .venv/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test test-min lint check bench clean
+
+help: ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/.installed ## make .venv with the pinned versions
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -m venv .venv || { echo "error: $(PYTHON) cannot make a virtual environment; on Debian: apt install python3-venv" >&2; exit 2; }
+	@echo "installing the pinned versions into .venv (once, some minutes)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[recipes,test,bench]'
+	@touch $@
+
+train: .venv/.installed ## train a recipe: make train RECIPE=mlp ARGS="--lr 3e-3"
+	@launch/local.sh $(RECIPE) $(ARGS)
+
+test: .venv/.installed ## run the tests (under 10 minutes on two cores)
+	@$(BIN)/python -m pytest $(ARGS)
+
+test-min: .venv-min/.installed ## run the tests with the oldest versions that pyproject.toml admits
+	@.venv-min/bin/python -m pytest $(ARGS)
+
+.venv-min/.installed: pyproject.toml constraints.txt constraints-min.txt
+	@$(PYTHON) -m venv .venv-min
+	@.venv-min/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-min.txt -e '.[recipes,test,bench]'
+	@touch $@
+
+lint: .venv/.installed ## ruff and mypy --strict
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+check: .venv/.installed ## train every recipe at its documented size and hold it to what it expects
+	@$(BIN)/python -m benchmarks.expectations
+
+bench: .venv/.installed ## measure what the loop costs, against loops written by hand
+	@$(BIN)/python -m benchmarks.step_overhead --out benchmarks/results/step_overhead.md
+	@$(BIN)/python -m benchmarks.order_cost --out benchmarks/results/order_cost.md
+
+clean: ## remove the environments and caches, not the runs
+	rm -rf .venv .venv-min .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# Train a recipe on this machine through accelerate launch.
+#
+#   launch/local.sh cnn --lr 1e-3            one process: the GPU where there is one, else the CPU
+#   GPUS=8 launch/local.sh cnn               eight processes, a GPU each
+#   CONFIG=cpu_2proc launch/local.sh cnn     what a file of accelerate_configs/ says
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PATH="$PWD/.venv/bin:$PATH"
+train() { exec accelerate launch --quiet --num_cpu_threads_per_process 1 "$@"; } # 1 is unsaid: the run chooses
+
+recipe=${1:?usage: launch/local.sh RECIPE [options]; recipes: $(cd recipes && ls [!_]*.py | sed 's/\.py$//' | xargs)}
+shift
+file=recipes/${recipe%.py}.py
+if [ ! -f "$file" ]; then
+    echo "error: no recipe '$recipe'; there are: $(cd recipes && ls [!_]*.py | sed 's/\.py$//' | xargs)" >&2
+    exit 2
+fi
+
+if [ -n "${CONFIG:-}" ]; then
+    train --config_file "accelerate_configs/$CONFIG.yaml" "$file" "$@"
+elif [ "${GPUS:-1}" -gt 1 ]; then
+    train --config_file accelerate_configs/ddp.yaml --num_processes "$GPUS" "$file" "$@"
+fi
+gpu=$(python -c 'import torch; print(torch.accelerator.current_accelerator() or "cpu")')
+case $gpu in
+    cpu) config=cpu ;;
+    mps*) config=mps ;;
+    *) config=single_gpu ;;
+esac
+train --config_file "accelerate_configs/$config.yaml" "$file" "$@"

@@ -1,0 +1,72 @@
+"""How ranks agree: texts, errors and wishes arrive at all of them."""
+
+import pytest
+import torch.distributed as dist
+
+from scaletrain import InputError
+from scaletrain.agreement import Wishes, first_then_others, gather_texts, together
+from scaletrain.devices import set_up
+
+
+@pytest.mark.world_size(3)
+def test_texts_of_any_length_and_script_reach_every_rank():
+    control = set_up().control
+    rank = dist.get_rank()
+    assert gather_texts(["", "füße → 足", "x" * 100_000][rank], control) == ["", "füße → 足", "x" * 100_000]
+    assert gather_texts("", control) == ["", "", ""]
+
+
+@pytest.mark.world_size(3)
+def test_an_error_on_one_rank_is_raised_on_all():
+    control = set_up().control
+
+    def fail_on_2():
+        if dist.get_rank() == 2:
+            raise OSError("the disk of rank 2 is full")
+        return dist.get_rank()
+
+    with pytest.raises(InputError, match="the disk of rank 2 is full"):
+        together(fail_on_2, control)
+    assert together(lambda: dist.get_rank(), control) == dist.get_rank()
+
+
+@pytest.mark.world_size(3)
+def test_rank_0_goes_first(shared_path):
+    control = set_up().control
+
+    def work():
+        path = shared_path / "cache"
+        first = not path.exists()
+        path.touch()
+        return first
+
+    assert first_then_others(work, control) == (dist.get_rank() == 0)
+
+
+@pytest.mark.world_size(3)
+def test_wishes_arrive_one_step_late_on_every_rank():
+    wishes = Wishes(set_up().control)
+    heard = []
+    for step in range(6):
+        heard.append(wishes.exchange())
+        if step == 2 and dist.get_rank() == 1:
+            wishes.stop()
+    assert wishes.drain() == 1
+    assert heard == [None, None, None, None, 1, 1]
+
+
+def test_with_one_process_wishes_arrive_at_the_same_step():
+    wishes, heard = Wishes(None), []
+    for step in range(6):
+        heard.append(wishes.exchange())
+        if step == 2:
+            wishes.stop()
+    assert heard == [None, None, None, None, 0, 0]
+
+
+def test_with_one_process_errors_become_input_errors_as_well():
+    def fail():
+        raise FileNotFoundError(2, "No such file or directory", "train.csv")
+
+    with pytest.raises(InputError, match=r"No such file or directory: 'train\.csv'"):
+        first_then_others(fail, None)

@@ -1,0 +1,183 @@
+"""From indices to micro-batches: columns in memory, datasets read by workers, randomness by position."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from scaletrain import Data, start, steps, validate
+from scaletrain.loader import ColumnReader, ExampleReader, HeldOut, Loader, chosen_workers, length, make_reader, to_device
+from scaletrain.order import Share, Shuffled, micro_batch_count
+
+CPU = torch.device("cpu")
+
+
+class Jittered:
+    """A map-style dataset whose transform draws from all three generators."""
+
+    def __init__(self, n=48):
+        self.n = n
+
+    def __len__(self):
+        return self.n
+
+    def __getitem__(self, index):
+        if index >= self.n:
+            raise IndexError(index)
+        noise = torch.tensor([torch.rand(()).item(), random.random(), np.random.rand()])
+        return {"row": index, "x": index + noise}
+
+
+def loader(reader, *, batch_size=12, rank=0, world_size=1, micro_batch_size=None, workers=0):
+    share = Share(Shuffled(reader.n, 5), batch_size, rank, world_size)
+    count = micro_batch_count(batch_size, world_size, micro_batch_size)
+    return Loader(reader, share, count, workers=workers, device=CPU)
+
+
+def first_steps(loader, number=9, first=0):
+    stream = loader.steps(first)
+    return [next(stream) for _ in range(number)]
+
+
+def examples(all_steps):
+    """What was read, keyed by (step, row), fillers left out."""
+    return {
+        (step, int(row)): x.tolist()
+        for step, micro_batches in enumerate(all_steps)
+        for batch, counted in micro_batches
+        for row, x in zip(batch["row"][:counted], batch["x"][:counted], strict=True)
+    }
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores: just what is tested
+def test_transforms_give_the_same_examples_on_any_workers_and_processes():
+    wanted = examples(first_steps(loader(ExampleReader(Jittered(), None, seed=3))))
+    assert len(wanted) == 9 * 12
+    for workers in (1, 4):
+        assert examples(first_steps(loader(ExampleReader(Jittered(), None, seed=3), workers=workers))) == wanted
+    for micro_batch_size in (5, 1):
+        reader = ExampleReader(Jittered(), None, seed=3)
+        parts = [loader(reader, rank=r, world_size=5, micro_batch_size=micro_batch_size) for r in range(5)]
+        assert {k: v for part in parts for k, v in examples(first_steps(part)).items()} == wanted
+    assert examples(first_steps(loader(ExampleReader(Jittered(), None, seed=4)))) != wanted
+
+
+def test_an_example_is_transformed_anew_in_each_epoch():
+    seen = examples(first_steps(loader(ExampleReader(Jittered(), None, seed=3), batch_size=48), 2))
+    assert all(seen[0, row] != seen[1, row] for row in range(48))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_reading_resumes_at_any_step(workers):
+    reader = ExampleReader(Jittered(), None, seed=3)
+    whole = first_steps(loader(reader, workers=workers), 9)
+    rest = first_steps(loader(reader, workers=workers), 4, first=5 * 12)
+    assert examples(rest) == {(step - 5, row): x for (step, row), x in examples(whole).items() if step >= 5}
+
+
+@pytest.mark.parametrize("row_bytes", [8, 10_000, 10_000_000])
+def test_columns_give_the_rows_of_the_order_whatever_is_gathered_at_once(row_bytes, monkeypatch):
+    reader = ColumnReader({"row": torch.arange(37), "x": torch.randn(37, 3, 2)})
+    reader.row_bytes = row_bytes
+    for first in (0, 12 * 1000):
+        for step, ((batch, counted),) in enumerate(first_steps(loader(reader), 800, first)):
+            rows = Shuffled(37, 5)(np.arange(first + 12 * step, first + 12 * (step + 1)))
+            assert batch["row"].tolist() == rows.tolist()
+            assert counted == 12
+        assert torch.equal(batch["x"], reader.columns["x"][rows])
+
+
+@pytest.mark.parametrize("dataset", [False, True], ids=["columns", "dataset"])
+def test_every_process_has_the_same_number_of_micro_batches_and_none_is_empty(dataset):
+    columns = {"row": torch.arange(37), "x": torch.randn(37, 3)}
+    reader = ExampleReader(Jittered(37), None, 0) if dataset else ColumnReader(columns)
+    for rank in range(5):
+        (micro_batches,) = first_steps(loader(reader, rank=rank, world_size=5, micro_batch_size=1), 1)
+        assert [counted for _, counted in micro_batches] == ([1, 1, 1] if rank in (2, 4) else [0, 1, 1])
+        assert [len(batch["row"]) for batch, _ in micro_batches] == [1, 1, 1]
+
+
+def test_held_out_examples_lie_on_exactly_one_process_in_equally_many_batches():
+    reader = ColumnReader({"row": torch.arange(23)})
+    for world_size in (1, 2, 4, 30):
+        parts = [list(HeldOut(reader, 3, r, world_size, workers=0, device=CPU)) for r in range(world_size)]
+        assert len({len(part) for part in parts}) == 1
+        rows = [row for part in parts for batch, counted in part for row in batch["row"][:counted].tolist()]
+        assert rows == list(range(23))
+
+
+def test_float64_columns_become_float32_unless_the_model_is_double():
+    columns = {"x": torch.zeros(3, dtype=torch.float64), "y": torch.zeros(3, dtype=torch.int64)}
+    assert make_reader(columns, None, 0, double=False).columns["x"].dtype == torch.float32
+    assert make_reader(columns, None, 0, double=True).columns["x"].dtype == torch.float64
+    assert make_reader(columns, None, 0, double=False).columns["y"].dtype == torch.int64
+
+
+def test_numpy_columns_are_taken_without_a_copy():
+    array = np.zeros((4, 2), dtype=np.float32)
+    data = Data({"x": array})
+    array[:] = 7
+    assert data.train["x"].eq(7).all()
+
+
+def test_columns_need_no_workers_and_datasets_get_some():
+    assert chosen_workers(ColumnReader({"x": torch.zeros(3)}), 4, 1) == 0
+    assert chosen_workers(ExampleReader(Jittered(), None, 0), 3, 1) == 3
+    assert 0 <= chosen_workers(ExampleReader(Jittered(), None, 0), None, 1) <= 4
+
+
+@pytest.mark.parametrize("kind", ["dict", "tuple", "tensor"])
+def test_a_batch_may_be_a_dict_a_tuple_or_a_tensor(kind, tmp_path):
+    class Rows:
+        def __len__(self):
+            return 40
+
+        def __getitem__(self, i):
+            x = torch.full((5,), float(i)) / 40
+            return {"dict": {"x": x, "y": i % 2}, "tuple": (x, i % 2), "tensor": x}[kind]
+
+    def loss(model, batch, cfg):
+        x = {"dict": lambda: batch["x"], "tuple": lambda: batch[0], "tensor": lambda: batch}[kind]()
+        assert len(x) == length(batch)
+        return model(x).square().mean()
+
+    recipe = replace(tiny.recipe, data=lambda cfg: Data(Rows(), val=Rows()), loss=loss, evaluate=None)
+    run = start(recipe, tiny.TinyConfig(max_steps=4, workers=1))
+    assert len(list(steps(run))) == 4
+    assert validate(run)["val_loss"] > 0
+
+
+def test_collate_puts_examples_of_different_lengths_together(tmp_path):
+    sequences = [torch.ones(1 + i % 4, 5) for i in range(20)]
+
+    def pad(rows):
+        return {"x": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)}
+
+    def loss(model, batch, cfg):
+        return model(batch["x"]).mean()
+
+    recipe = replace(tiny.recipe, data=lambda cfg: Data(sequences), collate=pad, loss=loss)
+    assert len(list(steps(start(recipe, tiny.TinyConfig(max_steps=3, workers=0))))) == 3
+
+
+def test_an_exception_in_a_worker_reaches_the_user():
+    class Broken(Jittered):
+        def __getitem__(self, index):
+            raise KeyError(f"no file for {index}")
+
+    with pytest.raises(KeyError, match="no file for"):
+        first_steps(loader(ExampleReader(Broken(), None, 0), workers=1), 1)
+
+
+def test_batches_of_every_kind_move_to_a_device():
+    meta = torch.device("meta")
+    batch = {"a": torch.zeros(2), "b": (torch.zeros(2), [torch.zeros(2)]), "c": "text"}
+    moved = to_device(batch, meta)
+    assert moved["a"].is_meta
+    assert moved["b"][0].is_meta
+    assert moved["b"][1][0].is_meta
+    assert moved["c"] == "text"
+    assert to_device(batch, CPU) is batch

@@ -1,0 +1,148 @@
+"""The recipes learn what they say, on real data; variants of the loop and the step do what they say."""
+
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+from launching import RECIPES, ROOT
+
+from recipes import cnn, cnn_own_loop, cnn_sam, mlp
+from scaletrain import main, start, steps
+from scaletrain.recipe import unmet
+from scaletrain.sources import BUILT_IN, hold_out, load
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_mlp_reaches_what_it_expects(seed):
+    assert unmet(mlp.recipe.expect, main(mlp.recipe, ["--seed", str(seed)]).metrics) == []
+
+
+def test_the_cnn_reaches_what_it_expects():
+    assert unmet(cnn.recipe.expect, main(cnn.recipe, []).metrics) == []
+
+
+def test_sam_learns_and_a_small_width_is_a_smaller_model(capsys):
+    result = main(cnn_sam.recipe, ["--epochs", "10", "--width", "8"], step=cnn_sam.sam_step)
+    assert result.metrics["val_accuracy"] > 0.9
+    assert "133,882 parameters" in capsys.readouterr().out
+
+
+def test_an_expectation_that_is_missed_is_said():
+    assert unmet({"val_accuracy": ">=0.97", "val_loss": "<=0.1"}, {"val_accuracy": 0.9, "val_loss": 0.05}) == [
+        "val_accuracy is 0.9, expected >=0.97"
+    ]
+    assert unmet({"val_accuracy": ">=0.97"}, {}) == ["val_accuracy is nan, expected >=0.97"]
+    assert unmet(None, {}) == []
+
+
+@pytest.mark.parametrize("name", ["cnn", "mlp", "cnn_sam"])
+def test_every_recipe_says_its_command_its_expectation_and_has_a_width(name):
+    module = sys.modules[f"recipes.{name}"]
+    assert f"accelerate launch recipes/{name}.py" in module.__doc__
+    for metric, wanted in module.recipe.expect.items():
+        assert f"Expected: {metric} {wanted[2:]} or better" in module.__doc__
+    assert module.recipe.config().width > 0
+
+
+def test_the_loop_written_out_gives_the_same_numbers_as_train(tmp_path):
+    options = ["--epochs", "2", "--width", "4", "--threads", "1"]
+    main(cnn.recipe, [*options, "--out", str(tmp_path / "train")])
+    cnn_own_loop.main([*options, "--out", str(tmp_path / "own")])
+    ours, own = ((tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("train", "own"))
+    assert [line for line in ours if "val_loss" in line] == [line for line in own if "val_loss" in line]
+    assert set(own) <= set(ours)
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("train", "own")]
+    assert weights[0] == weights[1]
+
+
+def plain_sam(recipe, cfg, steps):
+    """Sharpness-aware minimization as the paper writes it, on the same examples."""
+    torch.manual_seed(cfg.seed)
+    net = recipe.model(cfg, None)
+    opt = recipe.optimizer(net, cfg)
+    for batch in tiny.batches(recipe, cfg, torch.float64, steps):
+        weights = list(net.parameters())
+        gradient = torch.autograd.grad(recipe.loss(net, batch, cfg), weights)
+        norm = torch.cat([g.ravel() for g in gradient]).norm()
+        uphill = [cfg.rho * g / norm for g in gradient]
+        with torch.no_grad():
+            for w, e in zip(weights, uphill, strict=True):
+                w += e
+        opt.zero_grad()
+        recipe.loss(net, batch, cfg).backward()
+        with torch.no_grad():
+            for w, e in zip(weights, uphill, strict=True):
+                w -= e
+        opt.step()
+    return net
+
+
+class SAMTiny(tiny.TinyConfig):
+    rho = 0.05
+
+
+def check_sam(folder):
+    cfg = SAMTiny(double=True, max_steps=50, batch_size=13, micro_batch_size=5, out=str(folder))
+    run = start(tiny.recipe, cfg, step=cnn_sam.sam_step)
+    for _ in steps(run):
+        pass
+    wanted = plain_sam(tiny.recipe, replace(cfg), 50)
+    assert all(torch.allclose(a, b, rtol=1e-9) for a, b in zip(run.module.parameters(), wanted.parameters(), strict=True))
+
+
+def test_sam_is_the_papers(shared_path):
+    check_sam(shared_path / "run")
+
+
+@pytest.mark.world_size(2)
+def test_sam_is_the_papers_on_two_processes(shared_path):
+    check_sam(shared_path / "run")
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_built_in_tables_are_real_and_split_evenly_within_each_class(name):
+    data = load(name)
+    train, val = data.train["label"], data.val["label"]
+    assert data.train["features"].dtype == torch.float32
+    share = [(val == cls).sum() / ((val == cls).sum() + (train == cls).sum()) for cls in range(len(data.classes))]
+    assert all(abs(s - 0.2) < 0.02 for s in share)
+
+
+def test_digits_as_images_have_three_channels_between_0_and_1():
+    data = load("digits", image_size=32)
+    assert data.train["image"].shape[1:] == (3, 32, 32)
+    assert (data.train["image"].min(), data.train["image"].max()) == (0, 1)
+    assert len(data.train["image"]) + len(data.val["image"]) == 1797
+
+
+def test_the_split_depends_on_its_seed_and_not_on_the_number_of_examples_read_before():
+    label = torch.arange(300) % 3
+    first, again, other = hold_out(label, 0.2, 0), hold_out(label, 0.2, 0), hold_out(label, 0.2, 1)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert first.sum() == other.sum() == 60
+
+
+def test_standardizing_uses_the_training_examples_alone():
+    data = mlp.load_data(mlp.MLPConfig(data="wine"))
+    assert torch.allclose(data.train["features"].mean(0), torch.zeros(13), atol=1e-5)
+    assert torch.allclose(data.train["features"].std(0), torch.ones(13), atol=1e-5)
+    pixels = mlp.load_data(mlp.MLPConfig(data="digits")).val["features"]
+    assert pixels.abs().max() < 100  # a pixel that is always empty in training is not blown up
+    assert data.val["features"].mean(0).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["cnn", "mlp", "cnn_own_loop", "cnn_sam"])
+def test_a_recipe_answers_help_with_every_options_meaning(name):
+    ended = subprocess.run([sys.executable, RECIPES / f"{name}.py", "--help"], capture_output=True, text=True, check=True)
+    assert "--width INT" in ended.stdout
+    assert "Examples per optimizer step over all devices" in " ".join(ended.stdout.split())
+    assert ended.stderr == ""
+
+
+def test_recipes_stay_short():
+    for path in (ROOT / "recipes").glob("*.py"):
+        assert path.read_text().count("\n") <= 150
