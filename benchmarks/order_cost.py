@@ -52,7 +52,10 @@ def main() -> None:
     args = parser.parse_args()
     cost(1000)
     lines = ["# What the order costs", "", *conditions("python -m benchmarks.order_cost", ("torch", "numpy")), ""]
-    lines += ["| examples | ns per index | us to the first block at 0.9 n | peak MB | torch.randperm |", "|---|---|---|---|---|"]
+    lines += [
+        "| examples | ns per index | us to the first block at 0.9 n | peak MB | torch.randperm |",
+        "|---|---|---|---|---|",
+    ]
     for power in range(3, 13):
         per_index, first, peak = cost(10**power)
         lines.append(f"| 1e{power} | {per_index:.0f} | {first:.0f} | {peak:.2f} | {randperm(10**power)} |")

@@ -52,10 +52,14 @@ def _end(run: Run | None, code: int, reason: str) -> NoReturn:
 
 
 def _record(run: Run | None, code: int, reason: str) -> None:
-    """Close what is open and leave the outcome in exit.json, which launch scripts read."""
+    """Close what is open and leave the outcome in exit.json, which launch scripts read.
+
+    The rank that fails first writes it; what then fails on the others is a consequence.
+    """
     if run is not None:
         run.tracking.close()
-        write_json(run.folder / "exit.json", {"code": code, "reason": reason})
+        if not (run.folder / "exit.json").exists():
+            write_json(run.folder / "exit.json", {"code": code, "reason": reason})
 
 
 def _leave(run: Run | None, code: int) -> NoReturn:

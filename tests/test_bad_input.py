@@ -11,7 +11,6 @@ import torch
 from launching import RECIPES, TORCHRUN, launch, script
 from torch import nn
 
-from recipes import cnn
 from scaletrain import Data, load, main
 
 QUICK = ["--max-steps", "3"]

@@ -5,7 +5,14 @@ import tiny
 import torch
 
 from scaletrain import InputError, devices, start
-from scaletrain.devices import Launch, check_processes, choose_precision, choose_threads, copies_without_waiting, read_launch
+from scaletrain.devices import (
+    Launch,
+    check_processes,
+    choose_precision,
+    choose_threads,
+    copies_without_waiting,
+    read_launch,
+)
 
 
 @pytest.mark.parametrize(

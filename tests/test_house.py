@@ -67,7 +67,9 @@ def test_recipes_import_the_library_field_libraries_and_each_other():
         names = list(imports_of(path))
         assert {name.split(".")[0] for name in names} <= allowed, path.name
         for name in names:
-            assert not name.startswith("scaletrain.") or name.split(".")[1] in scaletrain.__all__, f"{path.name}: {name}"
+            assert not name.startswith("scaletrain.") or name.split(".")[1] in scaletrain.__all__, (
+                f"{path.name}: {name}"
+            )
 
 
 def test_nothing_that_runs_code_from_a_file_is_imported_or_called():
@@ -104,9 +106,22 @@ def test_an_unknown_name_is_an_attribute_error():
 
 def modules_after(code):
     """Which heavy modules are loaded in a fresh interpreter after ``code``."""
-    heavy = ("torch", "accelerate", "datasets", "wandb", "sklearn", "torchmetrics", "kornia", "tyro", "pandas", "matplotlib")
+    heavy = (
+        "torch",
+        "accelerate",
+        "datasets",
+        "wandb",
+        "sklearn",
+        "torchmetrics",
+        "kornia",
+        "tyro",
+        "pandas",
+        "matplotlib",
+    )
     program = f"{code}\nimport sys\nprint(*[name for name in {heavy!r} if name in sys.modules])"
-    return set(subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split())
+    return set(
+        subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    )
 
 
 def test_importing_the_package_waits_for_nothing():

@@ -9,7 +9,16 @@ import tiny
 import torch
 
 from scaletrain import Data, start, steps, validate
-from scaletrain.loader import ColumnReader, ExampleReader, HeldOut, Loader, chosen_workers, length, make_reader, to_device
+from scaletrain.loader import (
+    ColumnReader,
+    ExampleReader,
+    HeldOut,
+    Loader,
+    chosen_workers,
+    length,
+    make_reader,
+    to_device,
+)
 from scaletrain.order import Share, Shuffled, micro_batch_count
 
 CPU = torch.device("cpu")

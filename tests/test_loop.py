@@ -240,7 +240,7 @@ def test_the_mode_is_train_in_training_and_eval_in_validation_and_frozen_parts_s
         return tiny.loss(model, batch, cfg)
 
     def evaluate(model, batch, cfg):
-        modes["eval"].add(tuple(part.training for part in model) + (torch.is_inference_mode_enabled(),))
+        modes["eval"].add((*(part.training for part in model), torch.is_inference_mode_enabled()))
         return tiny.evaluate(model, batch, cfg)
 
     train(started(tmp_path, replace(tiny.recipe, model=model, loss=loss, evaluate=evaluate), validate_every=3))

@@ -90,7 +90,9 @@ def check_sam(folder):
     for _ in steps(run):
         pass
     wanted = plain_sam(tiny.recipe, replace(cfg), 50)
-    assert all(torch.allclose(a, b, rtol=1e-9) for a, b in zip(run.module.parameters(), wanted.parameters(), strict=True))
+    assert all(
+        torch.allclose(a, b, rtol=1e-9) for a, b in zip(run.module.parameters(), wanted.parameters(), strict=True)
+    )
 
 
 def test_sam_is_the_papers(shared_path):
@@ -137,7 +139,9 @@ def test_standardizing_uses_the_training_examples_alone():
 
 @pytest.mark.parametrize("name", ["cnn", "mlp", "cnn_own_loop", "cnn_sam"])
 def test_a_recipe_answers_help_with_every_options_meaning(name):
-    ended = subprocess.run([sys.executable, RECIPES / f"{name}.py", "--help"], capture_output=True, text=True, check=True)
+    ended = subprocess.run(
+        [sys.executable, RECIPES / f"{name}.py", "--help"], capture_output=True, text=True, check=True
+    )
     assert "--width INT" in ended.stdout
     assert "Examples per optimizer step over all devices" in " ".join(ended.stdout.split())
     assert ended.stderr == ""

@@ -137,7 +137,7 @@ def rows_of_each_step(cfg, folder):
             everyone = [torch.cat(rows).tolist()]
         counts = {len(micro_batches)} | {len(batch["row"]) for batch, _ in micro_batches}
         assert 0 not in counts
-        seen.append(sum(everyone, []))
+        seen.append([row for rows in everyone for row in rows])
         return train_step(run, micro_batches)
 
     train(start(tiny.recipe, replace(cfg, out=str(folder)), step=noting_step))

@@ -29,7 +29,8 @@ def test_the_start_says_model_parameters_topology_and_length(capsys):
     assert "(0): Linear(in_features=20, out_features=64, bias=True)" in said
     assert "5,699 parameters" in said
     assert (
-        "1 process on cpu, fp32, 1 thread each, global batch 16 = 1 x at most 3 x 6 (processes x micro-batch x count)" in said
+        "1 process on cpu, fp32, 1 thread each, global batch 16 = 1 x at most 3 x 6 (processes x micro-batch x count)"
+        in said
     )
     assert "train 30 examples, val 5; 7 steps" in said
     assert re.search(r"run folder runs/tiny/\d{8}-\d{6}", said)
@@ -59,8 +60,9 @@ def test_with_validate_every_the_line_names_the_step(capsys):
 def test_the_run_folder_holds_what_ran_and_what_came_out(tmp_path):
     result = main(tiny.recipe, ["--max-steps", "25", "--out", str(tmp_path / "run"), "--lr", "0.02"])
     run = tmp_path / "run"
-    files = {"config.json", "environment.json", "recipe.py", "metrics.jsonl", "timing.jsonl", "model.safetensors", "result.json", "exit.json"}  # fmt: skip
-    assert {path.name for path in run.iterdir()} == files
+    files = ("config", "environment", "result", "exit")
+    wanted = {f"{name}.json" for name in files} | {"recipe.py", "metrics.jsonl", "timing.jsonl", "model.safetensors"}
+    assert {path.name for path in run.iterdir()} == wanted
     config = json.loads((run / "config.json").read_text())
     assert (config["lr"], config["max_steps"], config["batch_size"]) == (0.02, 25, 16)
     environment = json.loads((run / "environment.json").read_text())
@@ -90,7 +92,9 @@ def test_the_exported_weights_are_the_last_steps_under_plain_names(tmp_path):
     weights = load_file(tmp_path / "run/model.safetensors")
     assert sorted(weights) == ["0.bias", "0.weight", "2.bias", "2.weight"]
     assert all(weights[name].equal(value) for name, value in run.module.state_dict().items())
-    assert (tmp_path / "run/model.safetensors").stat().st_mode & 0o777 == (tmp_path / "run/result.json").stat().st_mode & 0o777
+    assert (tmp_path / "run/model.safetensors").stat().st_mode & 0o777 == (
+        tmp_path / "run/result.json"
+    ).stat().st_mode & 0o777
 
 
 def test_tied_weights_are_exported_once_and_load_again(tmp_path):
@@ -147,7 +151,17 @@ def test_rank_0_alone_speaks_and_writes(tmp_path):
 
 
 def test_wandb_works_offline_without_a_key_and_holds_what_metrics_jsonl_holds(tmp_path):
-    ended = launch(sys.executable, RECIPES / "mlp.py", "--epochs", "3", "--track", "wandb", "--out", tmp_path / "run", HOME=tmp_path)
+    ended = launch(
+        sys.executable,
+        RECIPES / "mlp.py",
+        "--epochs",
+        "3",
+        "--track",
+        "wandb",
+        "--out",
+        tmp_path / "run",
+        HOME=tmp_path,
+    )
     assert ended.returncode == 0, ended.stderr
     assert "tracking with wandb, offline" in ended.stdout
     (file,) = (tmp_path / "run").glob("wandb/offline-run-*/*.wandb")
@@ -220,7 +234,8 @@ def test_a_tracker_that_fails_is_warned_of_once_and_never_stops_training(monkeyp
     said = capsys.readouterr().out
     assert result.step == 50
     assert FailingTracker.calls == 3
-    warning = "warning: the tracker failed and is off from here on (ConnectionError: the server is gone); metrics.jsonl has everything"
+    failure = "the tracker failed and is off from here on (ConnectionError: the server is gone)"
+    warning = f"warning: {failure}; metrics.jsonl has everything"
     assert said.count(warning) == said.count("warning") == 1
 
 

@@ -7,7 +7,6 @@ fails the test.
 
 import faulthandler
 import os
-import signal
 import subprocess
 import sys
 import uuid
@@ -73,15 +72,17 @@ def log_of(folder, rank):
 
 def end_processes(world):
     """Kill every process of a world that is still there; return what they were."""
-    left = []
-    for process in psutil.process_iter():
-        try:
-            if process.environ().get(WORLD) == world and process.status() != psutil.STATUS_ZOMBIE:
-                left.append(f"{process.pid} {' '.join(process.cmdline())[-80:]}")
-                process.send_signal(signal.SIGKILL)
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
-    return left
+    left = [process for process in psutil.process_iter() if belongs_to(process, world)]
+    for process in left:
+        process.kill()
+    return [process.pid for process in left]
+
+
+def belongs_to(process, world):
+    try:
+        return process.environ().get(WORLD) == world and process.status() != psutil.STATUS_ZOMBIE
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return False
 
 
 def run_rank(nodeid):

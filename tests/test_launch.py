@@ -1,0 +1,168 @@
+"""The same recipe as a script, through accelerate launch, torchrun and make; and how each way of ending is told."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from launching import ACCELERATE, RECIPES, ROOT, TORCHRUN, launch, script
+
+from recipes.mlp import mlp
+
+QUICK = ("--epochs", "2", "--threads", "1")
+CONFIGS = ROOT / "accelerate_configs"
+
+
+def validations(folder):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["val_loss"], line["val_accuracy"]) for line in lines if "val_loss" in line]
+
+
+def outcome(folder):
+    return json.loads((folder / "exit.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def script_run(tmp_path_factory):
+    """Validations of the recipe run as a plain script."""
+    folder = tmp_path_factory.mktemp("script") / "run"
+    ended = launch(sys.executable, RECIPES / "mlp.py", *QUICK, "--out", folder)
+    assert ended.returncode == 0, ended.stderr
+    return validations(folder)
+
+
+WAYS = {
+    "accelerate launch": (ACCELERATE, 1),
+    "accelerate launch, cpu": ((*ACCELERATE, "--config_file", CONFIGS / "cpu.yaml"), 1),
+    "accelerate launch, cpu_2proc": ((*ACCELERATE, "--config_file", CONFIGS / "cpu_2proc.yaml"), 2),
+    "torchrun": (TORCHRUN, 2),
+    "launch/local.sh": ((ROOT / "launch" / "local.sh",), 1),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_recipe_runs_unchanged_and_gives_the_same_curve(way, script_run, tmp_path):
+    command, processes = WAYS[way]
+    recipe = "mlp" if "local.sh" in way else RECIPES / "mlp.py"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    ended = launch(*command, recipe, *QUICK, "--out", tmp_path / "run", PATH=path)
+    assert ended.returncode == 0, ended.stderr
+    assert f"{processes} process" in ended.stdout
+    assert outcome(tmp_path / "run") == {"code": 0, "reason": "done"}
+    for got, wanted in zip(validations(tmp_path / "run"), script_run, strict=True):
+        assert got == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize("config", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_every_config_holds_only_keys_that_accelerate_knows(config):
+    from accelerate.commands.config.config_args import ClusterConfig
+    from accelerate.utils import DistributedType
+
+    content = yaml.safe_load((CONFIGS / f"{config}.yaml").read_text())
+    known = set(ClusterConfig.__dataclass_fields__)
+    assert set(content) <= known
+    assert content["distributed_type"] in DistributedType.__members__
+    processes = {"cpu": 1, "cpu_2proc": 2, "mps": 1, "single_gpu": 1, "ddp": 8, "multi_node": 16}
+    assert content["num_processes"] == processes[config]
+
+
+def test_the_configs_are_these():
+    assert {path.stem for path in CONFIGS.iterdir()} == {"cpu", "cpu_2proc", "mps", "single_gpu", "ddp", "multi_node"}
+
+
+def test_an_unknown_recipe_is_named():
+    ended = launch(ROOT / "launch" / "local.sh", "cn")
+    assert ended.returncode == 2
+    assert ended.stderr == "error: no recipe 'cn'; there are: cnn cnn_own_loop cnn_sam mlp\n"
+
+
+def test_make_alone_prints_the_targets():
+    ended = launch("make", "-C", ROOT, "--no-print-directory")
+    targets = re.findall(r"^  make ([a-z-]+) +\S", ended.stdout, re.MULTILINE)
+    assert targets == ["help", "setup", "train", "test", "test-min", "lint", "check", "bench", "clean"]
+
+
+def test_a_rank_that_ends_early_is_told_and_never_looks_like_success(tmp_path):
+    body = """
+def loss(model, batch, cfg):
+    if torch.distributed.get_rank() == 1:
+        sys.exit(0)
+    return tiny.loss(model, batch, cfg)
+
+main(replace(tiny.recipe, loss=loss), ["--max-steps", "30", "--out", "run"])
+"""
+    ended = launch(*TORCHRUN, script(tmp_path, body))
+    assert ended.returncode != 0
+    assert re.search(r"rank +: 1 .*\n +exitcode +: 70", ended.stderr)
+    assert outcome(tmp_path / "run") == {"code": 70, "reason": "rank 1 called exit before the end of training"}
+
+
+def test_a_bug_keeps_its_traceback_and_is_recorded(tmp_path):
+    body = """
+def loss(model, batch, cfg):
+    return undefined_name
+
+main(replace(tiny.recipe, loss=loss), ["--max-steps", "30", "--out", "run"])
+"""
+    ended = launch(sys.executable, script(tmp_path, body))
+    assert ended.returncode == 1
+    assert "NameError: name 'undefined_name' is not defined" in ended.stderr
+    assert outcome(tmp_path / "run") == {"code": 1, "reason": "NameError: name 'undefined_name' is not defined"}
+
+
+def test_a_bug_on_one_rank_ends_all_with_its_traceback(tmp_path):
+    body = """
+def loss(model, batch, cfg):
+    if torch.distributed.get_rank() == 1:
+        raise KeyError("only here")
+    return tiny.loss(model, batch, cfg)
+
+main(replace(tiny.recipe, loss=loss), ["--max-steps", "30", "--out", "run"])
+"""
+    ended = launch(*TORCHRUN, script(tmp_path, body), timeout=60)
+    assert ended.returncode != 0
+    assert "KeyError: 'only here'" in ended.stderr
+    assert outcome(tmp_path / "run")["reason"] == "KeyError: 'only here'"
+
+
+def test_ctrl_c_ends_with_130_and_says_so(tmp_path):
+    command = [sys.executable, str(RECIPES / "mlp.py"), "--epochs", "100000", "--out", str(tmp_path / "run")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    try:
+        for line in process.stdout:  # wait for the first validation
+            if line.startswith("epoch"):
+                break
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.wait()
+    assert (process.returncode, said) == (130, "interrupted\n")
+    assert outcome(tmp_path / "run") == {"code": 130, "reason": "interrupted"}
+
+
+def test_an_old_outcome_is_gone_while_a_run_is_under_way(tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "exit.json").write_text('{"code": 1, "reason": "an earlier failure"}')
+    process = subprocess.Popen(
+        [sys.executable, str(RECIPES / "mlp.py"), "--epochs", "100000", "--out", str(tmp_path / "run")],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        for line in process.stdout:
+            if line.startswith("epoch"):
+                break
+        assert not (tmp_path / "run" / "exit.json").exists()
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_the_tutorials_mlp_is_what_the_recipe_builds():
+    assert sum(p.numel() for p in mlp(20, 3).parameters()) == 5699
