@@ -15,7 +15,7 @@ from scaletrain.devices import Devices, set_up
 from scaletrain.errors import InputError
 from scaletrain.folder import agree_on_folder, describe_environment, keep_source, short, write_json
 from scaletrain.hooks import default_hooks
-from scaletrain.loader import HeldOut, Loader, chosen_workers, length, make_reader
+from scaletrain.loader import ColumnReader, HeldOut, Loader, chosen_workers, length, make_reader
 from scaletrain.loop import train_step
 from scaletrain.metrics import Sums
 from scaletrain.order import Share, Shuffled, micro_batch_count
@@ -152,11 +152,22 @@ def open_folder(run: Run, name: str, source: str | None) -> None:
     run.tracking = Tracking(run.folder, total_steps=run.total_steps, by_epoch=run.cfg.validate_every is None)
     for line in introduction(run, name):
         run.tracking.say(line)
-    if run.cfg.batch_size > run.examples:
-        run.tracking.warn(
-            f"batch_size {run.cfg.batch_size} exceeds the {run.examples} training examples: steps repeat some"
-        )
+    for warning in doubts(run):
+        run.tracking.warn(warning)
     run.tracking.start_tracker(run.cfg.track, name, asdict(run.cfg))
+
+
+def doubts(run: Run) -> list[str]:
+    """Name the settings that have no effect here, or hardly the wanted one."""
+    cfg = run.cfg
+    found = []
+    if cfg.batch_size > run.examples:
+        found.append(f"batch_size {cfg.batch_size} exceeds the {run.examples} training examples: steps repeat some")
+    if cfg.workers and isinstance(run.loader.reader, ColumnReader):
+        found.append(f"workers {cfg.workers} has no effect: columns in memory are read in the training process")
+    if "val" not in run.held_out and cfg.validate_every is not None:
+        found.append(f"validate_every {cfg.validate_every} has no effect: the recipe's data has no val")
+    return found
 
 
 def introduction(run: Run, name: str) -> list[str]:

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -130,18 +131,28 @@ main(replace(tiny.recipe, loss=loss), ["--max-steps", "30", "--out", "run"])
     assert outcome(tmp_path / "run")["reason"] == "KeyError: 'only here'"
 
 
+@contextmanager
+def under_way(folder):
+    """A run of many epochs that has validated once; killed at the end."""
+    command = [sys.executable, str(RECIPES / "mlp.py"), "--epochs", "100000", "--out", str(folder)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes, preexec_fn=listen_to_ctrl_c) as process:
+        try:
+            while not process.stdout.readline().startswith("epoch"):
+                assert process.poll() is None
+            yield process
+        finally:
+            process.kill()
+
+
+def listen_to_ctrl_c():
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # background jobs of a shell inherit that it is ignored
+
+
 def test_ctrl_c_ends_with_130_and_says_so(tmp_path):
-    command = [sys.executable, str(RECIPES / "mlp.py"), "--epochs", "100000", "--out", str(tmp_path / "run")]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        for line in process.stdout:  # wait for the first validation
-            if line.startswith("epoch"):
-                break
+    with under_way(tmp_path / "run") as process:
         process.send_signal(signal.SIGINT)
         _, said = process.communicate(timeout=30)
-    finally:
-        process.kill()
-        process.wait()
     assert (process.returncode, said) == (130, "interrupted\n")
     assert outcome(tmp_path / "run") == {"code": 130, "reason": "interrupted"}
 
@@ -149,19 +160,8 @@ def test_ctrl_c_ends_with_130_and_says_so(tmp_path):
 def test_an_old_outcome_is_gone_while_a_run_is_under_way(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "exit.json").write_text('{"code": 1, "reason": "an earlier failure"}')
-    process = subprocess.Popen(
-        [sys.executable, str(RECIPES / "mlp.py"), "--epochs", "100000", "--out", str(tmp_path / "run")],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        for line in process.stdout:
-            if line.startswith("epoch"):
-                break
+    with under_way(tmp_path / "run"):
         assert not (tmp_path / "run" / "exit.json").exists()
-    finally:
-        process.kill()
-        process.communicate()
 
 
 def test_the_tutorials_mlp_is_what_the_recipe_builds():

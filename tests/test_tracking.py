@@ -137,9 +137,18 @@ def test_a_launcher_that_restarts_needs_a_stable_folder(monkeypatch, capsys):
     assert "needs the same folder each time: give --out or set SCALETRAIN_OUT" in capsys.readouterr().err
 
 
-def test_a_batch_larger_than_the_data_earns_a_warning(capsys):
-    start(tiny.recipe, tiny.TinyConfig(max_steps=1, batch_size=500))
-    assert "warning: batch_size 500 exceeds the 101 training examples: steps repeat some" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("options", "warning"),
+    [
+        ({"batch_size": 500}, "batch_size 500 exceeds the 101 training examples: steps repeat some"),
+        ({"workers": 2}, "workers 2 has no effect: columns in memory are read in the training process"),
+        ({"validate_every": 3}, "validate_every 3 has no effect: the recipe's data has no val"),
+    ],
+)
+def test_a_setting_that_has_no_effect_earns_a_warning(options, warning, capsys):
+    recipe = replace(tiny.recipe, data=lambda cfg: Data(tiny.table()))
+    start(recipe, tiny.TinyConfig(max_steps=1, **options))
+    assert f"warning: {warning}\n" in capsys.readouterr().out
 
 
 def test_rank_0_alone_speaks_and_writes(tmp_path):
