@@ -24,7 +24,7 @@ def commands():
     return [line for line in lines if not line.startswith("make ")]
 
 
-@pytest.mark.parametrize("code", blocks("python"))
+@pytest.mark.parametrize("code", list(blocks("python")))
 def test_a_python_block_runs_as_it_stands(code, tmp_path):
     (tmp_path / "block.py").write_text(code)
     ended = launch(sys.executable, tmp_path / "block.py", *SHORT)
