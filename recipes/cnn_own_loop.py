@@ -1,29 +1,26 @@
-"""The small CNN again, with the loop written out instead of ``main``.
+"""The small CNN again, with the loop written out.
 
     accelerate launch recipes/cnn_own_loop.py
 
-Expected: the same numbers as recipes/cnn.py, to the last bit. Write a loop of your own like this one when
-something between two steps should differ.
+Expected: the same numbers as recipes/cnn.py, to the last bit. Write a loop like this one when something
+between two steps should differ; ``main`` still parses, exports, and says how the run ended.
 """
 
-import sys
-
-from recipes.cnn import CNNConfig, recipe
-from scaletrain import Result, parse, start, steps, validate
+from recipes.cnn import recipe
+from scaletrain import Run, main, steps, validate
 
 
-def main(argv: list[str]) -> Result:
-    cfg = parse(CNNConfig, argv)
-    run = start(recipe, cfg, source=__file__)
+def own_loop(run: Run) -> None:
     for info in steps(run):  # each is one optimizer step on cfg.batch_size examples over all devices
-        if info.step % cfg.log_every == 0:
+        if info.step in (1, run.total_steps) or info.step % run.cfg.log_every == 0:
             run.log({"loss": run.mean(info.loss), "lr": info.lr})
         if run.validation_due(info):
             run.log({"train_loss": run.mean_train_loss(), **validate(run)})
         for hook in run.hooks:
             hook(run, info)
-    return run.finish()
+    if run.state.validated_step < run.state.step:  # stopped between two validations
+        run.log({"train_loss": run.mean_train_loss(), **validate(run)})
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main(recipe, loop=own_loop)

@@ -1,25 +1,27 @@
 """Build a run: from a recipe and a config to everything the loop touches."""
 
 import inspect
+import random
 from dataclasses import asdict
 from math import ceil
 from pathlib import Path
 
+import numpy as np
 import torch
-from torch import nn
+from torch import nn, optim
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from scaletrain.agreement import first_then_others, together
+from scaletrain.agreement import first_then_others, gather_texts, together
 from scaletrain.config import Config
 from scaletrain.devices import Devices, set_up
 from scaletrain.errors import InputError
-from scaletrain.folder import agree_on_folder, describe_environment, keep_source, short, write_json
+from scaletrain.folder import ENVIRONMENT, agree_on_folder, describe_environment, keep_source, short, write_json
 from scaletrain.hooks import default_hooks
 from scaletrain.loader import ColumnReader, HeldOut, Loader, chosen_workers, length, make_reader
 from scaletrain.loop import train_step
 from scaletrain.metrics import Sums
 from scaletrain.order import Share, Shuffled, micro_batch_count
-from scaletrain.recipe import Data, Recipe
+from scaletrain.recipe import Data, Recipe, fingerprint
 from scaletrain.run import Run, Step
 from scaletrain.tracking import Tracking
 
@@ -37,9 +39,9 @@ def start(recipe: Recipe, cfg: Config, *, source: str | None = None, step: Step 
     cfg.check()
     devices = set_up(cfg.precision, cfg.threads)
     check_batch_size(cfg, devices)
-    data = first_then_others(lambda: recipe.data(cfg), devices.control)
+    data = load_data(recipe, cfg, devices)
     module, model = build_model(recipe, cfg, data, devices)
-    optimizer = recipe.optimizer(module, cfg)
+    optimizer = build_optimizer(recipe, cfg, module)
     loader, held_out = build_loaders(recipe, cfg, data, module, devices)
     examples = loader.reader.n
     run = Run(
@@ -53,11 +55,13 @@ def start(recipe: Recipe, cfg: Config, *, source: str | None = None, step: Step 
         loader=loader,
         held_out=held_out,
         examples=examples,
-        total_steps=cfg.max_steps or ceil(cfg.epochs * examples / cfg.batch_size),
+        total_steps=cfg.max_steps or ceil(cfg.epochs * examples / cfg.batch_size - 1e-9),
         step=step or train_step,
     )
     run.hooks = [*default_hooks(), *(recipe.hooks(cfg) if recipe.hooks else ())]
-    together(lambda: check_monitor(run), devices.control)
+    names = together(lambda: check_monitor(run), devices.control)
+    if len(set(gather_texts(names, devices.control))) > 1:
+        raise InputError("evaluate does not return the same figures on all ranks; it must not depend on the examples")
     source = source or source_of(recipe)
     open_folder(run, Path(source).stem, source)
     return run
@@ -72,16 +76,57 @@ def check_batch_size(cfg: Config, devices: Devices) -> None:
         )
 
 
+def load_data(recipe: Recipe, cfg: Config, devices: Devices) -> Data:
+    """Call the recipe's ``data``, on rank 0 first, and check that all ranks got the same.
+
+    Torch's, NumPy's and Python's global generators are seeded by ``split_seed`` before, so that a random split
+    is the same everywhere. Every rank must reach this line.
+    """
+
+    def load() -> Data:
+        seed_everything(cfg.split_seed)
+        data = recipe.data(cfg)
+        if not isinstance(data, Data):
+            raise InputError(f"data returned a {type(data).__name__}; return Data(train=..., val=...)")
+        return data
+
+    data = first_then_others(load, devices.control)
+    for rank, other in enumerate(gather_texts(fingerprint(data), devices.control)):
+        if other != fingerprint(data):
+            raise InputError(
+                f"rank {rank} and rank {devices.rank} got different examples; data(cfg) must return the same on all"
+            )
+    return data
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch's, NumPy's and Python's global generators."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def build_optimizer(recipe: Recipe, cfg: Config, module: nn.Module) -> optim.Optimizer:
+    """Build the recipe's optimizer; raise InputError for one that the step cannot call."""
+    optimizer = recipe.optimizer(module, cfg)
+    if isinstance(optimizer, optim.LBFGS):
+        raise InputError("LBFGS evaluates the loss several times a step; give main a step of your own that does so")
+    return optimizer
+
+
 def build_model(recipe: Recipe, cfg: Config, data: Data, devices: Devices) -> tuple[nn.Module, nn.Module]:
     """Build the recipe's model under the seed, move it to the device, and wrap it for several processes.
 
     Returns it as it is and wrapped. A model in eval mode is put into train mode; modules that the recipe
     alone froze in eval mode stay so.
     """
-    torch.manual_seed(cfg.seed)
+    seed_everything(cfg.seed)
     module = recipe.model(cfg, data)
     if not any(p.requires_grad for p in module.parameters()):
         raise InputError(f"{type(module).__name__} has no trainable parameters; there is nothing to learn")
+    for name, value in module.state_dict().items():
+        if not isinstance(value, torch.Tensor):
+            raise InputError(f"the model's state '{name}' is a {type(value).__name__}; only tensors can be saved")
     if not module.training:
         module.train()
     if cfg.compile:
@@ -123,14 +168,14 @@ def build_loaders(
     return loader, held_out
 
 
-def check_monitor(run: Run) -> None:
-    """Evaluate one batch: raise InputError unless ``evaluate`` returns what ``monitor`` names."""
+def check_monitor(run: Run) -> str:
+    """Evaluate one batch: raise InputError unless ``evaluate`` returns what ``monitor`` names; return all names."""
     cfg = run.cfg
     if "val" not in run.held_out:
         if cfg.patience is not None:
             raise InputError("--patience needs validation examples, but the recipe's data has no val")
-        return
-    sums = Sums(run.devices.sums_in)
+        return ""
+    sums = Sums(run.devices.sums_in, run.devices.device)
     with torch.inference_mode(), run.evaluating():
         batch, counted = next(iter(run.held_out["val"]))
         sums.add(run.evaluate(batch), length(batch), run.weight(batch), counted=counted > 0)
@@ -139,22 +184,31 @@ def check_monitor(run: Run) -> None:
         raise InputError(
             f"--monitor {cfg.monitor}: evaluate does not return {cfg.monitored_metric}; it returns {', '.join(names)}"
         )
+    return ", ".join(names)
 
 
 def open_folder(run: Run, name: str, source: str | None) -> None:
     """Make the run folder, record what runs, and introduce the run on the console. Every rank must reach this line."""
     run.folder = agree_on_folder(run.cfg.out, name, run.devices.control)
+    started_before = (run.folder / ENVIRONMENT).exists()
+    together(lambda: write_beginning(run, source) if run.devices.is_first else None, run.devices.control)
     if not run.devices.is_first:
         return
-    write_json(run.folder / "config.json", asdict(run.cfg))
-    write_json(run.folder / "environment.json", describe_environment(run.devices.world_size, str(run.devices.device)))
-    keep_source(run.folder, source)
-    run.tracking = Tracking(run.folder, total_steps=run.total_steps, by_epoch=run.cfg.validate_every is None)
+    if started_before:
+        run.tracking.warn(f"{short(run.folder)} held a run that did not end; it starts over")
     for line in introduction(run, name):
         run.tracking.say(line)
     for warning in doubts(run):
         run.tracking.warn(warning)
     run.tracking.start_tracker(run.cfg.track, name, asdict(run.cfg))
+
+
+def write_beginning(run: Run, source: str | None) -> None:
+    """Record what runs, and open the files of the run folder."""
+    write_json(run.folder / "config.json", asdict(run.cfg))
+    write_json(run.folder / ENVIRONMENT, describe_environment(run.devices.world_size, str(run.devices.device)))
+    keep_source(run.folder, source)
+    run.tracking = Tracking(run.folder, total_steps=run.total_steps, by_epoch=run.cfg.validate_every is None)
 
 
 def doubts(run: Run) -> list[str]:
@@ -193,5 +247,6 @@ def introduction(run: Run, name: str) -> list[str]:
 
 
 def source_of(recipe: Recipe) -> str:
-    """The file that defines the recipe's loss."""
-    return inspect.getsourcefile(inspect.unwrap(recipe.loss)) or "recipe.py"
+    """Return the file that defines the recipe's loss."""
+    code = getattr(inspect.unwrap(recipe.loss), "__code__", None)  # a partial or a callable object has none
+    return code.co_filename if code else "recipe.py"

@@ -1,6 +1,8 @@
 """What a run can be told, and how the command line tells it."""
 
+import contextlib
 import difflib
+import io
 import math
 import os
 import sys
@@ -20,7 +22,7 @@ class Config:
     """Learning rate of the optimizer; the schedule multiplies it."""
     weight_decay: float = 1e-4
     """Decoupled weight decay of the default optimizer; never on biases and norms."""
-    epochs: float = 10
+    epochs: float = 20
     """Passes over the training examples; may be a fraction."""
     max_steps: int | None = None
     """Optimizer steps in all; replaces epochs."""
@@ -78,7 +80,10 @@ class Config:
         for name in ("weight_decay", "workers", "seed", "split_seed"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 2**63:
-                raise InputError(f"--{_dashed(name)} is {value}; it must be at least 0")
+                raise InputError(f"--{_dashed(name)} is {value}; it must be at least 0 and below 2**63")
+        for name, hint in typing.get_type_hints(type(self)).items():
+            if typing.get_origin(hint) is Literal and getattr(self, name) not in typing.get_args(hint):
+                raise InputError(f"--{_dashed(name)} {getattr(self, name)}: expected {_allowed(type(self), name)}")
         if not 0 <= self.warmup <= 1:
             raise InputError(f"--warmup is {self.warmup}; it is a share of all steps, from 0 to 1")
         if not self.monitored_metric:
@@ -109,10 +114,9 @@ def parse(config: type[C], argv: Sequence[str] | None = None, *, description: st
     args = list(sys.argv[1:] if argv is None else argv)
     if {"-h", "--help"} & set(args):
         tyro.cli(config, args=["--help"], description=description, console_outputs=is_first_process())
-    try:
-        cfg = tyro.cli(config, args=args, console_outputs=False)
-    except SystemExit:
-        raise InputError(_mistake(config, args)) from None
+    cfg = _try(config, args)
+    if cfg is None:
+        raise InputError(_mistake(config, args))
     cfg.check()
     return cfg
 
@@ -122,26 +126,35 @@ def is_first_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def _mistake(config: type[Config], args: list[str]) -> str:
-    """Say in one line which argument of ``args`` is wrong, by parsing them option by option."""
+def _try(config: type[C], args: list[str]) -> C | None:
+    """Parse ``args``; None where tyro refuses them, without its own words."""
     import tyro
 
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # console_outputs=False does not silence wrong values
+            return tyro.cli(config, args=args, console_outputs=False)
+    except SystemExit:
+        return None
+
+
+def _mistake(config: type[Config], args: list[str]) -> str:
+    """Say in one line which argument of ``args`` is wrong, by parsing them option by option."""
     options = {f.name for f in fields(config)}
     groups = _by_option(args)
     required = {f.name for f in fields(config) if f.default is MISSING and f.default_factory is MISSING}
     for name in sorted(required - {_name(group[0]) for group in groups}):
         return f"--{_dashed(name)} is missing; it has no default"
+    needed = [arg for group in groups if _name(group[0]) in required for arg in group]
     for group in groups:
         flag, name = group[0].split("=")[0], _name(group[0])
         if not flag.startswith("--"):
             return f"'{group[0]}' is not an option; options look like --batch-size 128 (all of them: --help)"
         if name.removeprefix("no_") not in options and name not in options:
-            near = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
+            near = sorted(option for option in options if option.startswith(name))
+            near = near or difflib.get_close_matches(name, options, n=1, cutoff=0.5)
             hint = f"did you mean --{_dashed(near[0])}?" if near else "see --help for all options"
             return f"unknown option {flag}; {hint}"
-        try:
-            tyro.cli(config, args=group, console_outputs=False)
-        except SystemExit:
+        if _try(config, [*needed, *group]) is None:
             given = " ".join([*group[0].split("=", maxsplit=1)[1:], *group[1:]])
             return f"{flag} {given or '(nothing)'}: expected {_allowed(config, name.removeprefix('no_'))}"
     return f"cannot understand '{' '.join(args)}'; see --help"

@@ -167,9 +167,11 @@ def _omp_num_threads(number: int) -> Iterator[None]:
     """Say the number of threads while Accelerate sets up: where nobody has, it warns and chooses its own."""
     said = "OMP_NUM_THREADS" in os.environ
     os.environ.setdefault("OMP_NUM_THREADS", str(number))
-    yield
-    if not said:
-        del os.environ["OMP_NUM_THREADS"]
+    try:
+        yield
+    finally:
+        if not said:
+            del os.environ["OMP_NUM_THREADS"]
 
 
 def _gpu_has_bf16() -> bool:

@@ -2,7 +2,8 @@
 
 import os
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import NoReturn
 
 from scaletrain.build import start
@@ -13,18 +14,28 @@ from scaletrain.loop import train
 from scaletrain.recipe import Recipe
 from scaletrain.run import Result, Run, Step
 
+OTHERS_SECONDS = 2
+"""A rank that fails alone waits so long for rank 0 to speak before it speaks itself."""
 
-def main(recipe: Recipe, argv: Sequence[str] | None = None, *, step: Step | None = None) -> Result:
+
+def main(
+    recipe: Recipe,
+    argv: Sequence[str] | None = None,
+    *,
+    step: Step | None = None,
+    loop: Callable[[Run], None] = train,
+) -> Result:
     """Parse the command line, train the recipe, export the weights: the last line of a recipe file.
 
-    ``step`` replaces ``train_step``. When the run cannot be finished, the process ends with a code of
-    ``scaletrain.errors``: after one line for what the user can mend, after a traceback for what is a bug.
+    ``step`` replaces ``train_step``, ``loop`` replaces ``train``. When the run cannot be finished, the process
+    ends with a code of ``scaletrain.errors``: after one line for what the user can mend, after a traceback for
+    what is a bug.
     """
     run: Run | None = None
     try:
         cfg = parse(recipe.config, argv, description=_about(recipe))
         run = start(recipe, cfg, source=_script() if argv is None else None, step=step)
-        train(run)
+        loop(run)
         return run.finish()
     except InputError as error:
         _end(run, INPUT, f"error: {error}")
@@ -43,23 +54,32 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None, *, step: Step | None
 
 
 def _end(run: Run | None, code: int, reason: str) -> NoReturn:
-    """Say on rank 0 why the run ended, and leave with ``code``."""
-    if run is None or run.devices.is_first:
-        _record(run, code, reason)
+    """Say once why the run ended, on rank 0 where it failed too, and leave with ``code``."""
     if is_first_process():
+        _record(run, code, reason)
         print(reason, file=sys.stderr, flush=True)
+    elif run is not None and not _somebody_spoke(run):
+        _record(run, code, f"{reason} (on rank {run.devices.rank})")
+        print(f"{reason} (on rank {run.devices.rank})", file=sys.stderr, flush=True)
     _leave(run, code)
 
 
+def _somebody_spoke(run: Run) -> bool:
+    deadline = time.monotonic() + OTHERS_SECONDS
+    while not (run.folder / "exit.json").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return (run.folder / "exit.json").exists()
+
+
 def _record(run: Run | None, code: int, reason: str) -> None:
-    """Close what is open and leave the outcome in exit.json, which launch scripts read.
+    """Leave the outcome in exit.json, which launch scripts read, and close what is open.
 
     The rank that fails first writes it; what then fails on the others is a consequence.
     """
     if run is not None:
-        run.tracking.close()
         if not (run.folder / "exit.json").exists():
             write_json(run.folder / "exit.json", {"code": code, "reason": reason})
+        run.tracking.close()
 
 
 def _leave(run: Run | None, code: int) -> NoReturn:
@@ -70,8 +90,9 @@ def _leave(run: Run | None, code: int) -> NoReturn:
 
 
 def _about(recipe: Recipe) -> str:
-    """The docstring of the recipe's file, for --help."""
-    return (sys.modules[recipe.loss.__module__].__doc__ or "").strip()
+    """The docstring of the script, or else of the recipe's file, for --help."""
+    home = sys.modules.get(getattr(recipe.loss, "__module__", "__main__"))
+    return (sys.modules["__main__"].__doc__ or (home and home.__doc__) or "").strip()
 
 
 def _script() -> str | None:

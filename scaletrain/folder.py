@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_model
 from torch import nn
 
@@ -20,6 +21,8 @@ from scaletrain.errors import DONE, InputError
 from scaletrain.order import seed_for
 
 WEIGHTS = "model.safetensors"
+ENVIRONMENT = "environment.json"
+OURS = ("config.json", "metrics.jsonl", "timing.jsonl", "result.json", "recipe.py", WEIGHTS)
 _TOKEN = ".seen-by-rank-0"
 
 
@@ -32,10 +35,8 @@ def agree_on_folder(out: str | None, name: str, group: dist.ProcessGroup | None)
     """
     first = group is None or dist.get_rank() == 0
     folder = Path(gather_texts(together(lambda: str(_make(out, name)) if first else "", group), group)[0])
-    token = str(seed_for(os.getpid(), time.time_ns()))
-    if first:
-        (folder / _TOKEN).write_text(token)
-    token = gather_texts(token, group)[0]
+    token = gather_texts(str(seed_for(os.getpid(), time.time_ns())), group)[0]
+    together(lambda: (folder / _TOKEN).write_text(token) if first else 0, group)
     rank = 0 if group is None else dist.get_rank()
     together(lambda: _check_token(folder, token, rank), group)
     if first:
@@ -58,7 +59,10 @@ def short(path: Path) -> str:
 def save_weights(path: Path, module: nn.Module) -> None:
     """Write the module's weights under their plain names; tied weights once."""
     draft = path.with_name(path.name + ".draft")
-    save_model(module, str(draft), metadata={"format": "pt"})
+    try:
+        save_model(module, str(draft), metadata={"format": "pt"})
+    except SafetensorError as error:  # as safetensors calls a full disk
+        raise OSError(f"cannot write {path}: {error}") from None
     umask = os.umask(0)
     os.umask(umask)
     draft.chmod(0o666 & ~umask)  # safetensors leaves 0600
@@ -112,6 +116,9 @@ def _make(out: str | None, name: str) -> Path:
         ) from None
     if _is_done(folder):
         raise InputError(f"{folder} holds a run that is done; choose another --out")
+    foreign = [name for name in OURS if (folder / name).exists()] if not (folder / ENVIRONMENT).exists() else []
+    if foreign:
+        raise InputError(f"{folder} is no run folder and its {foreign[0]} would be overwritten; choose another --out")
     (folder / "exit.json").unlink(missing_ok=True)
     return folder.absolute()
 

@@ -1,6 +1,5 @@
 """What happens after a step, on every process, in this order."""
 
-import math
 import time
 
 from scaletrain.recipe import Hook
@@ -9,7 +8,7 @@ from scaletrain.run import Run, StepInfo
 
 def default_hooks() -> list[Hook]:
     """Return the hooks of every run, in the order in which they are called; the recipe's own come after."""
-    return [stop_when_not_finite, remember_best, stop_without_progress, Throughput()]
+    return [stop_when_not_finite, stop_without_progress, Throughput()]
 
 
 def stop_when_not_finite(run: Run, info: StepInfo) -> None:
@@ -22,38 +21,24 @@ def stop_when_not_finite(run: Run, info: StepInfo) -> None:
     skipped = run.newly_skipped()
     if not skipped:
         return
-    if run.scaler is not None:
+    if run.scaler is not None and run.scaler.get_scale() >= 1:  # below 1 the fault is not the scale's
         run.log({"skipped": run.state.skipped})
         return
-    loss = run.mean(info.loss)
-    since = f"at step {info.step}" if info.step == 1 else f"in {skipped} of the steps up to step {info.step}"
-    advice = (
-        "look for log(0), a division by 0 or NaN in the data" if info.step == 1 else "try a lower lr or max_grad_norm"
-    )
+    first = info.step == 1
+    where = "at step 1" if first else f"in {skipped} of the steps up to {info.step}"
+    advice = "look for log(0), a division by 0 or NaN in the data" if first else "try a lower lr or max_grad_norm"
     raise FloatingPointError(
-        f"the gradient was NaN or infinite {since} (the loss is {loss:.4g}, a finite number is expected); "
-        f"no weight was changed by it; {advice}"
+        f"the gradient was NaN or infinite {where} and no weight was changed by it; the loss of step {info.step} is "
+        f"{run.mean(info.loss):.4g}, a finite number is expected; {advice}"
     )
-
-
-def remember_best(run: Run, info: StepInfo) -> None:
-    """After a validation, keep the best value of the monitored metric and count validations without a better one."""
-    state = run.state
-    if state.validated_step != info.step:
-        return
-    value = run.metrics[run.cfg.monitored_metric]
-    better = state.best is None or (value > state.best if run.cfg.higher_is_better else value < state.best)
-    if better and math.isfinite(value):
-        state.best, state.best_step, state.validations_without_progress = value, info.step, 0
-    else:
-        state.validations_without_progress += 1
 
 
 def stop_without_progress(run: Run, info: StepInfo) -> None:
     """Stop early when ``patience`` validations in a row brought nothing better."""
     patience = run.cfg.patience
     if patience is not None and run.state.validations_without_progress >= patience:
-        run.stop(f"{run.cfg.monitored_metric} was not better than {run.state.best:.4f} in {patience} validations")
+        best = "a finite number" if run.state.best is None else f"{run.state.best:.4f}"
+        run.stop(f"{run.cfg.monitored_metric} was not better than {best} in {patience} validations")
 
 
 class Throughput:

@@ -2,7 +2,7 @@
 
 import os
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -61,13 +61,15 @@ class ExampleReader:
     and the example's position alone, so neither workers nor processes change it.
     """
 
-    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Batch] | None, seed: int) -> None:
-        self.dataset, self.collate, self.seed = dataset, collate or default_collate, seed
+    def __init__(
+        self, dataset: Any, collate: Callable[[list[Any]], Batch] | None, seed: int, *, double: bool = False
+    ) -> None:
+        self.dataset, self.collate, self.seed, self.double = dataset, collate or default_collate, seed, double
         self.n = len(dataset)
 
     def __call__(self, request: Request) -> Batch:
         batch = self.collate([self._example(int(p), int(i)) for p, i in zip(*request, strict=True)])
-        return NamedColumns(batch) if type(batch) is dict else batch
+        return batch if self.double else _narrow(batch)
 
     __getitem__ = __call__  # DataLoader asks this way
 
@@ -113,7 +115,9 @@ class Loader:
 
     def _cut(self, batch: NamedColumns) -> list[MicroBatch]:
         return [
-            MicroBatch(NamedColumns({name: rows[part] for name, rows in batch.items()}), counted)
+            MicroBatch(
+                NamedColumns({n: rows[part] if counted else rows[part].clone() for n, rows in batch.items()}), counted
+            )
             for part, counted in zip(self._parts, self._counted, strict=True)
         ]
 
@@ -181,31 +185,52 @@ def chosen_workers(reader: Reader, asked: int | None, local_world_size: int) -> 
 def make_reader(examples: Any, collate: Callable[[list[Any]], Batch] | None, seed: int, *, double: bool) -> Reader:
     """Choose how ``examples`` are read; float64 columns become float32 unless the model is ``double``."""
     if not isinstance(examples, dict):
-        return ExampleReader(examples, collate, seed)
+        return ExampleReader(examples, collate, seed, double=double)
     if collate is not None:
         raise InputError("collate is for data that is read example by example, but the data is columns; leave it out")
-    narrow = {torch.float64: torch.float64 if double else torch.float32}
-    return ColumnReader({name: column.to(narrow.get(column.dtype, column.dtype)) for name, column in examples.items()})
+    return ColumnReader(examples if double else _narrow(examples))
 
 
 def length(batch: Batch) -> int:
     """Return the number of examples: the first dimension of the first leaf."""
-    while not isinstance(batch, Tensor):
-        batch = next(iter(batch.values() if isinstance(batch, dict) else batch))
-    return len(batch)
+    leaf = _first_tensor(batch)
+    if leaf is None or leaf.ndim == 0:
+        raise InputError(
+            f"a batch is a {type(batch).__name__}; it must hold tensors with one row an example, in a dict or tuple"
+        )
+    return len(leaf)
+
+
+def _first_tensor(batch: Batch) -> Tensor | None:
+    if isinstance(batch, Tensor):
+        return batch
+    leaves = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
+    return next((found for found in map(_first_tensor, leaves) if found is not None), None)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Move a dict, tuple, list or tensor; the copy overlaps with computing where the device allows it."""
+    """Move a dict, tuple, list or tensor; from pinned memory the copy overlaps with computing on CUDA."""
     if device.type == "cpu":
         return batch
     if isinstance(batch, Tensor):
         return batch.to(device, non_blocking=copies_without_waiting(device.type))
-    if isinstance(batch, dict):
-        return type(batch)({name: to_device(leaf, device) for name, leaf in batch.items()})
+    if isinstance(batch, Mapping):
+        return NamedColumns({name: to_device(leaf, device) for name, leaf in batch.items()})
     if isinstance(batch, tuple | list):
         moved = [to_device(leaf, device) for leaf in batch]
         return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
+    return batch
+
+
+def _narrow(batch: Batch) -> Batch:
+    """Turn float64 into float32, which is what models compute in, and name the columns of a dict."""
+    if isinstance(batch, Tensor):
+        return batch.float() if batch.dtype == torch.float64 else batch
+    if isinstance(batch, Mapping):
+        return NamedColumns({name: _narrow(leaf) for name, leaf in batch.items()})
+    if isinstance(batch, tuple | list):
+        narrow = [_narrow(leaf) for leaf in batch]
+        return type(batch)(*narrow) if hasattr(batch, "_fields") else type(batch)(narrow)
     return batch
 
 

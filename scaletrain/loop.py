@@ -74,11 +74,9 @@ def validate(run: Run, split: str = "val") -> dict[str, float]:
     Returns the recipe's figures with the split's name in front: ``val_loss``, ``val_accuracy``. Every process
     calls it.
     """
-    sums = Sums(run.devices.sums_in)
+    sums = Sums(run.devices.sums_in, run.devices.device)
     with run.evaluating():
         for batch, counted in run.held_out[split]:
             sums.add(run.evaluate(batch), length(batch), run.weight(batch), counted=counted > 0)
     metrics = sums.means(run.devices.sum, expected=run.held_out[split].reader.n)
-    if split == "val":
-        run.state.validated_step = run.state.step
-    return {f"{split}_{name}": value for name, value in metrics.items()}
+    return run.measured(split, metrics)

@@ -13,8 +13,8 @@ from scaletrain.errors import InputError
 class Sums:
     """Weighted sums of named figures, kept on the device; one reduction gives the means."""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self.dtype = dtype
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
         self._totals: dict[str, Tensor] = {}  # name -> (2,) sum, count
         self.examples = 0
 
@@ -23,9 +23,11 @@ class Sums:
 
         With ``counted`` False only the names are noted: the batch repeats examples to keep step with others.
         """
+        if not isinstance(values, dict):
+            raise InputError(f"evaluate returned a {type(values).__name__}; return a dict of named figures")
         for name, value in values.items():
             total, count = self._sum_and_count(name, value, examples, weight)
-            pair = torch.stack([_scalar(total, self.dtype), _scalar(count, self.dtype).to(total.device)])
+            pair = torch.stack([self._scalar(total), self._scalar(count)])
             if not counted:
                 pair = torch.zeros_like(pair)
             self._totals[name] = self._totals[name] + pair if name in self._totals else pair
@@ -49,6 +51,9 @@ class Sums:
             raise RuntimeError(f"{counted[0]:.0f} examples were evaluated instead of {expected}")
         return {name: total / count if count else math.nan for name, (total, count) in zip(names, sums, strict=True)}
 
+    def _scalar(self, value: Tensor | float) -> Tensor:
+        return torch.as_tensor(value, dtype=self.dtype, device=self.device).detach()
+
     def _sum_and_count(
         self, name: str, value: Any, examples: int, weight: Tensor | float
     ) -> tuple[Tensor, Tensor | float]:
@@ -63,7 +68,3 @@ class Sums:
             f"evaluate returned {got} for '{name}' on a batch of {examples}; "
             f"return one value per example ({examples},), a 0-d mean, or a pair (sum, count)"
         )
-
-
-def _scalar(value: Tensor | float, dtype: torch.dtype) -> Tensor:
-    return torch.as_tensor(value, dtype=dtype).detach()

@@ -1,13 +1,15 @@
 """The default optimizer: AdamW without decay where decay hurts, fused where the device has it."""
 
+from math import inf
 from typing import Any
 
 from torch import nn, optim
 
 from scaletrain.config import Config
+from scaletrain.errors import InputError
 
-FUSED_ON = ("cpu", "cuda", "mps", "xpu")
-"""Devices on which torch's fused optimizers run."""
+FUSED_ON = ("cpu", "cuda")
+"""Devices whose fused optimizers are known to be right: on MPS they ignored ``found_inf`` (pytorch #186360)."""
 
 
 def adamw(model: nn.Module, cfg: Config) -> optim.Optimizer:
@@ -27,8 +29,13 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def set_factors(optimizer: optim.Optimizer, base: list[dict[str, float]], factors: float | dict[str, float]) -> None:
-    """Multiply each group's own rate and momentum (``base_values``) by ``factors``."""
+    """Multiply each group's own rate and momentum (``base_values``) by ``factors``.
+
+    Raises InputError for a factor that is not a finite number >= 0, or of something else.
+    """
     lr = factors if not isinstance(factors, dict) else factors.get("lr", 1.0)
+    if not 0 <= lr < inf or (isinstance(factors, dict) and not factors.keys() <= {"lr", "momentum"}):
+        raise InputError(f"schedule returned {factors}; return a finite factor >= 0, or a dict of lr and momentum")
     for group, own in zip(optimizer.param_groups, base, strict=True):
         group["lr"] = own["lr"] * lr
     if isinstance(factors, dict) and "momentum" in factors:

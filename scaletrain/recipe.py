@@ -1,5 +1,7 @@
 """What an experiment is: a recipe, a value made of plain functions, and the data it learns from."""
 
+import hashlib
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,8 @@ from scaletrain.schedules import Schedule, constant
 Columns = dict[str, Tensor]
 Batch = Any
 """A dict, tuple or tensor of tensors whose first dimension is the examples."""
+IGNORED_LABEL = -100
+"""The label that torch's cross entropy ignores by default."""
 Metric = Tensor | tuple[Tensor, Tensor]
 Hook = Callable[[Any, Any], None]
 
@@ -43,7 +47,9 @@ class Data:
             examples = getattr(self, split)
             if isinstance(examples, Mapping):
                 setattr(self, split, _columns(examples, split, self.classes))
-            elif examples is not None and not (hasattr(examples, "__len__") and hasattr(examples, "__getitem__")):
+            elif examples is not None and (
+                isinstance(examples, tuple) or not (hasattr(examples, "__len__") and hasattr(examples, "__getitem__"))
+            ):
                 raise InputError(
                     f"{split} is a {type(examples).__name__}; give a dict of columns or a map-style dataset"
                 )
@@ -90,6 +96,21 @@ class Recipe:
     """What the exported weights must reach at default settings, as in ``{"val_accuracy": ">=0.97"}``."""
 
 
+def fingerprint(data: Data) -> str:
+    """Hash what tells one data set from another: sizes, column types, and a sample of 64 rows of each column."""
+    digest = hashlib.sha256()
+    for split in ("train", "val", "test"):
+        examples = getattr(data, split)
+        if not isinstance(examples, dict):
+            digest.update(f"{split} {None if examples is None else len(examples)}".encode())
+            continue
+        for name, column in examples.items():
+            digest.update(f"{split} {name} {tuple(column.shape)} {column.dtype}".encode())
+            sample = column[torch.linspace(0, len(column) - 1, 64).long()].contiguous()
+            digest.update(sample.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
 def unmet(expect: Mapping[str, str] | None, metrics: Mapping[str, float]) -> list[str]:
     """Return a sentence for each expectation that ``metrics`` misses."""
     compare = {">=": lambda got, want: got >= want, "<=": lambda got, want: got <= want}
@@ -110,7 +131,8 @@ def _columns(examples: Mapping[str, Any], split: str, classes: Sequence[str] | N
         raise InputError(f"the columns of {split} have different lengths: {lengths}")
     label = columns.get("label")
     if classes is not None and label is not None and not label.is_floating_point():
-        low, high = int(label.min()), int(label.max())
+        meant = label[label != IGNORED_LABEL]
+        low, high = (int(meant.min()), int(meant.max())) if len(meant) else (0, 0)
         if low < 0 or high >= len(classes):
             raise InputError(
                 f"{split} has labels from {low} to {high}, but there are {len(classes)} classes: "
@@ -121,12 +143,18 @@ def _columns(examples: Mapping[str, Any], split: str, classes: Sequence[str] | N
 
 def _as_tensor(column: Any, what: str) -> Tensor:
     if isinstance(column, Tensor):
-        tensor = column
+        tensor = column.detach().cpu()
     else:
         array = np.asarray(column)
         if array.dtype.kind not in "biuf":
             raise InputError(f"{what} holds {array.dtype}; a column is numbers, one row an example")
-        tensor = torch.from_numpy(array)
+        wider = {"u2": np.int32, "u4": np.int64, "u8": np.int64, "f16": np.float64}.get(array.dtype.str[1:])
+        array = np.asarray(array, dtype=wider or array.dtype.newbyteorder("="))
+        if any(stride < 0 for stride in array.strides):
+            array = np.ascontiguousarray(array)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # nobody writes to it
+            tensor = torch.from_numpy(array)
     if tensor.ndim == 0:
         raise InputError(f"{what} is a single number; a column has one row an example")
     return tensor

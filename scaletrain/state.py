@@ -14,6 +14,8 @@ class State:
     """Positions of the endless stream that were read: where the data stands."""
     skipped: int = 0
     """Steps whose gradient was not finite and that changed nothing; counted up to the last log line."""
+    train_loss_from: int = 0
+    """Step after which the training loss of the next validation line is averaged."""
     validated_step: int = -1
     """Step of the last validation; -1 before the first."""
     best: float | None = None

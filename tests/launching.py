@@ -3,7 +3,10 @@
 import os
 import subprocess
 import sys
+import uuid
 from pathlib import Path
+
+from worlds import WORLD, end_processes
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = ROOT / "recipes"
@@ -16,7 +19,14 @@ def launch(*command, timeout=120, **env):
     quiet = {"PYTHONWARNINGS": "ignore", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3"}
     environment = os.environ | quiet | env
     words = [str(word) for word in command]
-    return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=timeout, check=False)
+    world = uuid.uuid4().hex
+    try:
+        return subprocess.run(
+            words, env=environment | {WORLD: world}, capture_output=True, text=True, timeout=timeout, check=False
+        )
+    finally:
+        left = end_processes(world)
+        assert not left, f"processes were left over: {left}"
 
 
 def script(folder, body):

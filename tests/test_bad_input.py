@@ -132,6 +132,41 @@ CASES = {
         [],
         "loss returned a scalar that depends on no trainable parameter; return a scalar tensor",
     ),
+    "a weight per example": (
+        replace(tiny.recipe, weight=lambda batch: batch["w"]),
+        [],
+        "weight returned a tensor of shape (16,); return one number for the batch",
+    ),
+    "a pair as training data": (
+        with_data(train=(np.zeros((9, 5)), np.zeros(9))),
+        [],
+        "train is a tuple; give a dict of columns or a map-style dataset",
+    ),
+    "data that is not Data": (
+        replace(tiny.recipe, data=lambda cfg: tiny.table()),
+        [],
+        "data returned a dict; return Data(train=..., val=...)",
+    ),
+    "figures that are no dict": (
+        replace(tiny.recipe, evaluate=lambda model, batch, cfg: torch.zeros(3)),
+        [],
+        "evaluate returned a Tensor; return a dict of named figures",
+    ),
+    "a schedule that gives NaN": (
+        replace(tiny.recipe, schedule=lambda step, total, cfg: float("nan")),
+        [],
+        "schedule returned nan; return a finite factor >= 0",
+    ),
+    "a schedule with an unknown key": (
+        replace(tiny.recipe, schedule=lambda step, total, cfg: {"learning_rate": 0.5}),
+        [],
+        "schedule returned {'learning_rate': 0.5}; return a finite factor >= 0",
+    ),
+    "LBFGS": (
+        replace(tiny.recipe, optimizer=lambda model, cfg: torch.optim.LBFGS(model.parameters())),
+        [],
+        "LBFGS evaluates the loss several times a step",
+    ),
     "a figure of the wrong shape": (
         replace(tiny.recipe, evaluate=evaluate_with_matrix),
         [],
@@ -161,7 +196,8 @@ def test_a_nan_on_the_first_step_is_reported_before_any_weight_changed(capsys, t
 
     recipe = replace(tiny.recipe, loss=nan_loss, model=keeping_model)
     said = ends_with_one_line(capsys, recipe, [*QUICK, "--out", str(tmp_path / "run")], code=1)
-    assert "NaN or infinite at step 1 (the loss is nan, a finite number is expected)" in said
+    assert "the gradient was NaN or infinite at step 1 and no weight was changed by it" in said
+    assert "the loss of step 1 is nan, a finite number is expected; look for log(0)" in said
     assert json.loads((tmp_path / "run" / "exit.json").read_text()) == {"code": 1, "reason": said}
     weights = before["model"].state_dict()
     assert all(torch.equal(weights[name], value) for name, value in before["weights"].items())
@@ -175,7 +211,7 @@ def test_a_nan_later_is_reported_at_the_next_log_line(capsys):
         return tiny.loss(model, batch, cfg) * (float("nan") if len(calls) == 13 else 1)
 
     said = ends_with_one_line(capsys, replace(tiny.recipe, loss=later_nan), ["--max-steps", "50"], code=1)
-    assert "in 1 of the steps up to step 20" in said
+    assert "in 1 of the steps up to 20" in said
     assert "try a lower lr or max_grad_norm" in said
 
 
@@ -185,6 +221,20 @@ def test_a_run_that_is_done_is_not_overwritten(capsys, tmp_path):
     weights = (tmp_path / "run" / "model.safetensors").read_bytes()
     assert "holds a run that is done; choose another --out" in ends_with_one_line(capsys, tiny.recipe, argv)
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_folder_with_files_of_somebody_else_is_left_alone(capsys, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "metrics.jsonl").write_text("precious")
+    said = ends_with_one_line(capsys, tiny.recipe, [*QUICK, "--out", str(tmp_path / "mine")])
+    assert "is no run folder and its metrics.jsonl would be overwritten; choose another --out" in said
+    assert (tmp_path / "mine" / "metrics.jsonl").read_text() == "precious"
+
+
+def test_a_run_that_did_not_end_starts_over_and_says_so(capsys, tmp_path):
+    ends_with_one_line(capsys, replace(tiny.recipe, loss=nan_loss), [*QUICK, "--out", str(tmp_path / "run")], code=1)
+    main(tiny.recipe, [*QUICK, "--out", str(tmp_path / "run")])
+    assert "warning: run held a run that did not end; it starts over" in capsys.readouterr().out
 
 
 def test_bad_input_leaves_no_run_folder(capsys, tmp_path):
@@ -231,6 +281,48 @@ main(replace(tiny.recipe, data=data))
     ended = launch(*TORCHRUN, script(tmp_path, body))
     assert lines_of_ours(ended) == ["error: the disk of rank 0 has no train.csv"]
     assert "exitcode  : 2" in ended.stderr
+
+
+def test_data_that_differs_between_ranks_is_refused(tmp_path):
+    body = """
+def data(cfg):
+    torch.seed()  # a split of its own on each rank
+    table = tiny.table()
+    rows = torch.randperm(101).numpy()
+    return Data({name: column[rows[:80]] for name, column in table.items()})
+
+main(replace(tiny.recipe, data=data))
+"""
+    (line,) = lines_of_ours(launch(*TORCHRUN, script(tmp_path, body)))
+    assert "rank 1 and rank 0 got different examples; data(cfg) must return the same on all" in line
+
+
+def test_a_random_split_is_the_same_on_all_ranks(tmp_path):
+    body = """
+def data(cfg):
+    table = tiny.table()
+    rows = torch.randperm(101).numpy()
+    train, val = ({name: column[part] for name, column in table.items()} for part in (rows[:80], rows[80:]))
+    return Data(train, val)
+
+main(replace(tiny.recipe, data=data), ["--max-steps", "3"])
+"""
+    ended = launch(*TORCHRUN, script(tmp_path, body))
+    assert ended.returncode == 0, ended.stderr
+
+
+def test_a_mistake_that_shows_on_rank_1_alone_is_said(tmp_path):
+    body = """
+def loss(model, batch, cfg):
+    found = tiny.loss(model, batch, cfg)
+    return found.detach() if torch.distributed.get_rank() == 1 else found
+
+main(replace(tiny.recipe, loss=loss), ["--max-steps", "3", "--out", "run"])
+"""
+    (line,) = lines_of_ours(launch(*TORCHRUN, script(tmp_path, body)))
+    assert line.startswith("error: loss returned a scalar that depends on no trainable parameter")
+    assert line.endswith("(on rank 1)")
+    assert json.loads((tmp_path / "run" / "exit.json").read_text())["code"] == 2
 
 
 def test_a_folder_that_the_ranks_do_not_share_is_refused(tmp_path):

@@ -40,6 +40,7 @@ def test_help_lists_every_option_with_its_meaning(capsys):
 MISTAKES = {
     "--learning-rate 3": "unknown option --learning-rate; see --help",
     "--batchsize 3": "unknown option --batchsize; did you mean --batch-size?",
+    "--micro 3": "unknown option --micro; did you mean --micro-batch-size?",
     "--weigth-decay 0.1": "unknown option --weigth-decay; did you mean --weight-decay?",
     "--lr fast": "--lr fast: expected a number",
     "--batch-size 1.5": "--batch-size 1.5: expected a whole number",
@@ -60,7 +61,7 @@ MISTAKES = {
     "--batch-size 0": "--batch-size is 0; it must be at least 1",
     "--micro-batch-size 0": "--micro-batch-size is 0; it must be at least 1",
     "--max-grad-norm -1": "--max-grad-norm is -1.0; it must be a finite number above 0",
-    "--weight-decay -0.1": "--weight-decay is -0.1; it must be at least 0",
+    "--weight-decay -0.1": "--weight-decay is -0.1; it must be at least 0 and below 2**63",
     "--weight-decay nan": "--weight-decay is nan; it must be at least 0",
     "--seed -1": "--seed is -1; it must be at least 0",
     "--threads 0": "--threads is 0; it must be at least 1",
@@ -72,17 +73,20 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("args", MISTAKES)
-def test_a_mistake_is_named_in_one_line(args):
+def test_a_mistake_is_named_in_one_line_and_nothing_else_is_printed(args, capfd):
     with pytest.raises(InputError) as mistake:
         parse(CNNConfig, args.split())
     said = str(mistake.value)
     assert said.startswith(MISTAKES[args])
     assert "\n" not in said
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_config_built_in_python_is_checked_as_well():
     with pytest.raises(InputError, match="--lr is 0"):
         replace(Config(), lr=0).check()
+    with pytest.raises(InputError, match="--track tensorboard: expected one of none, wandb"):
+        Config(track="tensorboard").check()
 
 
 def test_an_option_without_a_default_is_asked_for():
@@ -94,3 +98,5 @@ def test_an_option_without_a_default_is_asked_for():
     assert parse(Needy, ["--corpus", "x"]).corpus == "x"
     with pytest.raises(InputError, match="--corpus is missing; it has no default"):
         parse(Needy, ["--lr", "1"])
+    with pytest.raises(InputError, match="--lr abc: expected a number"):
+        parse(Needy, ["--epochs", "3", "--corpus", "x", "--lr", "abc"])

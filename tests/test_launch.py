@@ -88,6 +88,12 @@ def test_make_alone_prints_the_targets():
     assert targets == ["help", "setup", "train", "test", "test-min", "lint", "check", "bench", "clean"]
 
 
+def test_make_train_hands_on_recipe_and_options_and_installs_nothing_twice():
+    done = (".venv/.installed", "-n", "train", "RECIPE=mlp", "ARGS=--lr 3e-3")
+    said = launch("make", "-C", ROOT, "--no-print-directory", "-o", *done).stdout
+    assert said == "launch/local.sh mlp --lr 3e-3\n"
+
+
 def test_a_rank_that_ends_early_is_told_and_never_looks_like_success(tmp_path):
     body = """
 def loss(model, batch, cfg):

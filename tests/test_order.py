@@ -2,6 +2,7 @@
 
 import math
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -106,6 +107,17 @@ def test_the_cost_does_not_grow_with_the_number_of_examples_or_the_position():
 
     small, huge = seconds(10**3), seconds(10**12)
     assert huge < 3 * small  # 1.0-1.3 measured; randperm would be 10**9 times slower
+
+
+def test_the_memory_does_not_grow_with_the_number_of_examples_or_the_position():
+    def peak_bytes(n):
+        tracemalloc.start()
+        Share(Shuffled(n, 0), 64).block(9 * n // 10, 128)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return peak
+
+    assert peak_bytes(10**12) < 1.5 * peak_bytes(10**4) < 1.5e6
 
 
 @pytest.mark.parametrize(

@@ -24,9 +24,13 @@ def test_the_cnn_reaches_what_it_expects():
     assert unmet(cnn.recipe.expect, main(cnn.recipe, []).metrics) == []
 
 
-def test_sam_learns_and_a_small_width_is_a_smaller_model(capsys):
-    result = main(cnn_sam.recipe, ["--epochs", "10", "--width", "8"], step=cnn_sam.sam_step)
-    assert result.metrics["val_accuracy"] > 0.9
+def test_sam_reaches_what_it_expects():
+    result = main(cnn_sam.recipe, [], step=cnn_sam.sam_step)
+    assert unmet(cnn_sam.recipe.expect, result.metrics) == []
+
+
+def test_a_small_width_is_a_smaller_model(capsys):
+    main(cnn.recipe, ["--max-steps", "1", "--width", "8"])
     assert "133,882 parameters" in capsys.readouterr().out
 
 
@@ -50,10 +54,9 @@ def test_every_recipe_says_its_command_its_expectation_and_has_a_width(name):
 def test_the_loop_written_out_gives_the_same_numbers_as_train(tmp_path):
     options = ["--epochs", "2", "--width", "4", "--threads", "1"]
     main(cnn.recipe, [*options, "--out", str(tmp_path / "train")])
-    cnn_own_loop.main([*options, "--out", str(tmp_path / "own")])
+    main(cnn.recipe, [*options, "--out", str(tmp_path / "own")], loop=cnn_own_loop.own_loop)
     ours, own = ((tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("train", "own"))
-    assert [line for line in ours if "val_loss" in line] == [line for line in own if "val_loss" in line]
-    assert set(own) <= set(ours)
+    assert own == ours
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("train", "own")]
     assert weights[0] == weights[1]
 

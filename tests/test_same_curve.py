@@ -114,14 +114,44 @@ def test_a_micro_batch_of_weight_zero_changes_nothing_even_if_its_loss_is_nan(tm
     close(losses, wanted, 1e-9)
 
 
-@pytest.mark.parametrize("micro_batch_size", [5, 1])
-def test_a_wrong_weighting_would_be_seen(micro_batch_size, tmp_path, monkeypatch):
+def check_that_a_wrong_weighting_is_seen(folder, monkeypatch, micro_batch_size):
+    """Give every micro-batch the same share, as the mean of means does, though their sizes differ."""
     cfg = tiny.TinyConfig(double=True, batch_size=13, max_steps=20)
     _, wanted = tiny.plain_loop(tiny.recipe, cfg, 20)
-    monkeypatch.setattr(Run, "shares", lambda run, micro_batches: [0.9 / len(micro_batches)] * len(micro_batches))
-    _, losses = curve(tiny.recipe, replace(cfg, micro_batch_size=micro_batch_size), tmp_path / "run")
+
+    def mean_of_means(run, micro_batches):
+        return [1 / (len(micro_batches) * run.devices.world_size)] * len(micro_batches)
+
+    monkeypatch.setattr(Run, "shares", mean_of_means)
+    _, losses = curve(tiny.recipe, replace(cfg, micro_batch_size=micro_batch_size), folder / "run")
     with pytest.raises(AssertionError):
         close(losses, wanted, 1e-6)
+
+
+def test_a_mean_of_means_over_micro_batches_would_be_seen(shared_path, monkeypatch):
+    check_that_a_wrong_weighting_is_seen(shared_path, monkeypatch, 5)  # 13 examples as 4 + 4 + 5
+
+
+@pytest.mark.world_size(2)
+def test_a_mean_of_means_over_processes_would_be_seen(shared_path, monkeypatch):
+    check_that_a_wrong_weighting_is_seen(shared_path, monkeypatch, None)  # 13 examples as 6 + 7
+
+
+@pytest.mark.world_size(2)
+def test_the_cnns_curve_agrees_on_two_processes(shared_path):
+    recipe = replace(
+        tiny.recipe,
+        data=small_images,
+        model=lambda cfg, data: cnn.SmallCNN(10, width=2, dropout=0.0).to(torch.float64),
+        loss=lambda model, batch, cfg: F.cross_entropy(model(batch["image"].double()), batch["label"]),
+        evaluate=None,
+        schedule=warmup_cosine,
+    )
+    cfg = tiny.TinyConfig(batch_size=13, max_steps=200, lr=1e-3)
+    _, wanted = tiny.plain_loop(recipe, cfg, 200)
+    for micro_batch_size in (None, 3):
+        _, losses = curve(recipe, replace(cfg, micro_batch_size=micro_batch_size), shared_path / str(micro_batch_size))
+        close(losses, wanted, 1e-9)
 
 
 def rows_of_each_step(cfg, folder):
