@@ -2,7 +2,7 @@
 
     python -m benchmarks.curves [--out docs/curves.png]
 
-Trains recipes/cnn.py (dropout 0, so that no random number depends on the number of processes) for two epochs
+Trains recipes/cnn.py (dropout 0, so that no random number depends on the number of processes) for four epochs
 in float32 through torchrun on this machine, and prints the largest relative difference.
 """
 

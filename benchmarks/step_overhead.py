@@ -1,11 +1,11 @@
 """What the loop costs per step: the tutorial's loop, a tight one, raw Accelerate, and ``train`` with everything on.
 
-    python -m benchmarks.step_overhead [--rounds 15] [--steps 1000] [--out FILE]
+    python -m benchmarks.step_overhead [--rounds 40] [--steps 500] [--out FILE]
 
 A tiny MLP (20-64-64-3, batch 64, one thread), so that the step itself is short and what surrounds it shows.
 The tight loop, Accelerate's and ``train`` do the same work with the same optimizer: their final weights are
-compared bit by bit after each round. The tutorial's loop is what one writes first: DataLoader, default AdamW,
-``loss.item()`` each step.
+compared bit by bit after the last round. The tutorial's loop is what one writes first: DataLoader, default AdamW,
+``loss.item()`` each step. The last two add clipping and a warm-up + cosine schedule to both.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import io
 import statistics
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.pairs import conditions, run_rounds
 from recipes.mlp import mlp
-from scaletrain import Config, Data, Recipe, parameter_groups, start, train
+from scaletrain import Config, Data, Recipe, parameter_groups, start, train, warmup_cosine
 from scaletrain.order import Shuffled
 
 BATCH_SIZE, EXAMPLES = 64, 64 * 100
@@ -40,11 +40,6 @@ class BenchConfig(Config):
 
 def loss(model: nn.Module, batch: dict[str, Tensor], cfg: BenchConfig) -> Tensor:
     return F.cross_entropy(model(batch["x"]), batch["y"])
-
-
-def evaluate(model: nn.Module, batch: dict[str, Tensor], cfg: BenchConfig) -> dict[str, Tensor]:
-    logits = model(batch["x"])
-    return {"loss": F.cross_entropy(logits, batch["y"], reduction="none")}
 
 
 class Arms:
@@ -86,17 +81,27 @@ class Arms:
                     break
         return time.perf_counter() - started
 
-    def tight(self, name: str = "tight") -> float:
+    def tight(self, name: str = "tight", *, extras: bool = False) -> float:
         model = self._model()
         optimizer = torch.optim.AdamW(parameter_groups(model, 1e-4), lr=1e-3, weight_decay=1e-4, fused=True)
+        cfg = BenchConfig()
         started = time.perf_counter()
-        for indices in self.indices:
+        for step, indices in enumerate(self.indices):
+            if extras:
+                factor = warmup_cosine(step, self.steps, cfg)
+                for group in optimizer.param_groups:
+                    group["lr"] = 1e-3 * factor
             optimizer.zero_grad()
             F.cross_entropy(model(self.x[indices]), self.y[indices]).backward()
+            if extras:
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
         seconds = time.perf_counter() - started
         self.weights[name] = list(model.parameters())
         return seconds
+
+    def tight_with_extras(self) -> float:
+        return self.tight("tight + clip + schedule", extras=True)
 
     def tight_again(self) -> float:
         return self.tight("tight again")
@@ -115,21 +120,26 @@ class Arms:
         self.weights["accelerate"] = list(model.parameters())
         return seconds
 
-    def scaletrain(self) -> float:
+    def scaletrain(self, *, extras: bool = False) -> float:
+        recipe = replace(self.recipe, schedule=warmup_cosine) if extras else self.recipe
         with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-            run = start(self.recipe, BenchConfig(max_steps=self.steps, out=folder))
+            cfg = BenchConfig(max_steps=self.steps, out=folder, max_grad_norm=1.0 if extras else None)
+            run = start(recipe, cfg)
             started = time.perf_counter()
             train(run)
             seconds = time.perf_counter() - started
             run.finish()
-        self.weights["train"] = list(run.module.parameters())
+        self.weights["train + clip + schedule" if extras else "train"] = list(run.module.parameters())
         return seconds
+
+    def scaletrain_with_extras(self) -> float:
+        return self.scaletrain(extras=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15, help="counted rounds")
-    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps per arm and round")
+    parser.add_argument("--rounds", type=int, default=40, help="counted rounds")
+    parser.add_argument("--steps", type=int, default=500, help="optimizer steps per arm and round")
     parser.add_argument("--out", type=Path, help="also write the table to this file")
     args = parser.parse_args()
 
@@ -140,10 +150,13 @@ def main() -> None:
         "tight again": arms.tight_again,
         "accelerate": arms.accelerate,
         "train": arms.scaletrain,
+        "tight + clip + schedule": arms.tight_with_extras,
+        "train + clip + schedule": arms.scaletrain_with_extras,
     }
     rounds = run_rounds(named, args.rounds)
     for name, weights in arms.weights.items():
-        if not all(torch.equal(a, b) for a, b in zip(weights, arms.weights["tight"], strict=True)):
+        reference = arms.weights["tight + clip + schedule" if "+" in name else "tight"]
+        if not all(torch.equal(a, b) for a, b in zip(weights, reference, strict=True)):
             raise SystemExit(f"{name} did not end with the tight loop's weights: not the same work")
 
     lines = ["# What the loop costs per step", "", *conditions("python -m benchmarks.step_overhead"), ""]
@@ -151,7 +164,7 @@ def main() -> None:
         f"* MLP 20-64-64-3, batch {BATCH_SIZE}, 1 thread, {args.steps} steps per arm and round, {args.rounds} rounds"
     ]
     lines += [f"  in random order, {rounds.dropped} dropped for steal; load {rounds.load[0]} to {rounds.load[-1]}"]
-    lines += ["* final weights of tight, accelerate and train: bit-equal", ""]
+    lines += ["* final weights of tight, accelerate and train, and of the two with extras: bit-equal", ""]
     lines += ["| loop | us per step (median) | CPU us | ratio to tight (95 % interval) | ratio to tutorial |"]
     lines += ["|---|---|---|---|---|"]
     for name in named:
@@ -159,6 +172,8 @@ def main() -> None:
         cpu = statistics.median(rounds.cpu_seconds[name]) / args.steps * 1e6
         (tight, low, high), (tutorial, *_) = rounds.ratio(name, "tight"), rounds.ratio(name, "tutorial")
         lines.append(f"| {name} | {wall:.0f} | {cpu:.0f} | {tight:.3f} ({low:.3f}-{high:.3f}) | {tutorial:.3f} |")
+    extra, low, high = rounds.ratio("train + clip + schedule", "tight + clip + schedule")
+    lines += ["", f"With clipping and schedule in both: train / tight = {extra:.3f} ({low:.3f}-{high:.3f})."]
     raw = {name: [round(s / args.steps * 1e6, 1) for s in seconds] for name, seconds in rounds.seconds.items()}
     lines += ["", "Raw us per step, round by round:", "", *(f"* {name}: {values}" for name, values in raw.items())]
     print("\n".join(lines))

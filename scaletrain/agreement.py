@@ -25,7 +25,7 @@ class Wishes:
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self._group = group
         self._mine = 0  # this process's rank + 1 once it asks, so that the maximum names one that did
-        self._sent = 0
+        self._sent = 0  # what a lone process said at the call before
         self._flying: tuple[Tensor, dist.Work] | None = None
 
     def stop(self) -> None:
@@ -37,22 +37,22 @@ class Wishes:
 
         Every rank must reach this line, once a step.
         """
+        if self._group is None:
+            asked, self._sent = self._sent, self._mine
+            return asked - 1 if asked else None
         granted = self.drain()
-        self._sent = self._mine
-        if self._group is not None:
-            wish = torch.tensor(self._mine, dtype=torch.int64)
-            work = dist.all_reduce(wish, dist.ReduceOp.MAX, group=self._group, async_op=True)
-            self._flying = (wish, work)
+        wish = torch.tensor(self._mine, dtype=torch.int64)
+        self._flying = (wish, dist.all_reduce(wish, dist.ReduceOp.MAX, self._group, async_op=True))
         return granted
 
     def drain(self) -> int | None:
         """Wait for the exchange in flight, if any; return the rank that asked to stop, else None."""
-        asked, self._sent = self._sent, 0
-        if self._flying is not None:
-            wish, work = self._flying
-            work.wait()
-            asked, self._flying = int(wish), None
-        return asked - 1 if asked else None
+        if self._flying is None:
+            return None
+        wish, work = self._flying
+        work.wait()
+        self._flying = None
+        return int(wish) - 1 if wish else None
 
 
 def gather_texts(text: str, group: dist.ProcessGroup | None) -> list[str]:

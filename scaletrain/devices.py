@@ -14,6 +14,7 @@ from torch import Tensor
 
 from scaletrain.errors import InputError
 
+NOTHING = nullcontext()
 Precision = Literal["fp32", "bf16", "fp16"]
 
 
@@ -54,7 +55,7 @@ class Devices:
 
     def autocast(self) -> AbstractContextManager[None]:
         """Enter the run's number format; does nothing in fp32."""
-        return nullcontext() if self.precision == "fp32" else self.accelerator.autocast()
+        return NOTHING if self.precision == "fp32" else self.accelerator.autocast()
 
     def sum(self, values: Tensor) -> Tensor:
         """Add ``values`` over all processes. Every rank must reach this line."""

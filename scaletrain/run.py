@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from scaletrain.agreement import Wishes, gather_texts, together
 from scaletrain.config import Config
-from scaletrain.devices import Devices
+from scaletrain.devices import NOTHING, Devices
 from scaletrain.errors import DONE, InputError
 from scaletrain.folder import WEIGHTS, save_weights, short, write_json
 from scaletrain.loader import HeldOut, Loader, MicroBatch, length
@@ -98,6 +98,8 @@ class Run:
 
     def __post_init__(self) -> None:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        sparse = any(getattr(module, "sparse", False) for module in self.module.modules())
+        self._plain = not sparse and all(p.dtype == torch.float32 for p in self.parameters)
         self.scaler = self.devices.accelerator.scaler
         self._seed = seed_for(self.cfg.seed, 3, self.devices.rank)
         self._base = base_values(self.optimizer)
@@ -155,7 +157,7 @@ class Run:
     def exchanging_gradients(self, last: bool) -> AbstractContextManager[None]:
         """Average gradients over processes in the last micro-batch only; forward and backward go inside."""
         if last or self.devices.world_size == 1:
-            return nullcontext()
+            return NOTHING
         return self.devices.accelerator.no_sync(self.model)  # type: ignore[no-any-return]  # accelerate has no types
 
     def backward(self, part: Tensor) -> None:
@@ -179,7 +181,11 @@ class Run:
         skip on the device; for others on an accelerator this waits for the device.
         """
         found = self._found.zero_()
-        self._find_not_finite([p.grad for p in self.parameters if p.grad is not None], found)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if self._plain:  # 3 us on a small model, where a norm takes 25
+            torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, self._one)
+        else:
+            found.copy_(any_not_finite(gradients))
         if self.scaler is not None:
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -191,20 +197,6 @@ class Run:
             return self._true
         self._skipped += found
         return found == 0
-
-    def _find_not_finite(self, gradients: list[Tensor], found: Tensor) -> None:
-        """Set ``found`` to 1 where a gradient is NaN or infinite: 3 us on a small model, where a norm takes 25."""
-        plain = [g for g in gradients if g.dtype == torch.float32 and not g.is_sparse]
-        if plain:
-            torch._amp_foreach_non_finite_check_and_unscale_(plain, found, self._one)
-        if len(plain) < len(gradients):  # the fast check knows neither sparse gradients nor, on CUDA, bfloat16
-            rest = [
-                g.coalesce().values() if g.is_sparse else g
-                for g in gradients
-                if g.dtype != torch.float32 or g.is_sparse
-            ]
-            norms = torch.stack([norm.float() for norm in torch._foreach_norm(rest, float("inf"))])
-            torch.maximum(found, (~norms.isfinite()).any().to(found.dtype), out=found)
 
     def info(self, loss: Tensor, grad_norm: Tensor | None, finite: Tensor) -> StepInfo:
         """Describe the step just done: ``loss`` is this process's share of the mean."""
@@ -219,7 +211,8 @@ class Run:
 
     def log_due(self, info: StepInfo) -> bool:
         """Whether to log this step's loss: the first, every ``log_every``-th and the last."""
-        return info.step % self.cfg.log_every == 0 or info.step in (1, self.total_steps)
+        step = info.step
+        return step % self.cfg.log_every == 0 or step == 1 or step == self.total_steps
 
     def validation_due(self, info: StepInfo) -> bool:
         """Whether to validate: as soon as an epoch is complete, or every ``validate_every`` steps; and at the end."""
@@ -320,6 +313,12 @@ class Run:
                 self.folder / "result.json", {**outcome, "expect_missed": unmet(self.recipe.expect, self.metrics)}
             )
             write_json(self.folder / "exit.json", {"code": DONE, "reason": self.stop_reason or "done"})
+
+
+def any_not_finite(gradients: list[Tensor]) -> Tensor:
+    """Whether a gradient of any dtype, sparse ones too, holds NaN or infinity, 0-d bool."""
+    values = [g.coalesce().values() if g.is_sparse else g for g in gradients]
+    return ~torch.stack([v.abs().amax().float() for v in values if v.numel()]).isfinite().all()
 
 
 def seed_generators(seed: int, device: torch.device) -> None:

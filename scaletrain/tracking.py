@@ -75,7 +75,8 @@ class Tracking:
         """Record the speed since the line before; wall-clock values go to timing.jsonl alone."""
         self._progress.examples_per_second = examples_per_second
         if self._timing is not None:
-            self._timing.add({"step": step, "seconds": seconds, "examples_per_second": examples_per_second})
+            speed = round(examples_per_second, 1)
+            self._timing.add({"step": step, "seconds": round(seconds, 3), "examples_per_second": speed})
 
     def close(self) -> None:
         """Finish the bar, the tracker and the files."""
