@@ -5,6 +5,8 @@ PYTHON ?= python3
 RECIPE ?= cnn
 ARGS ?=
 BIN := .venv/bin
+# OpenMP's threads spin while they wait, which starves the several processes of a test on few cores.
+TESTS := OMP_WAIT_POLICY=PASSIVE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train test test-min lint check bench clean
@@ -24,10 +26,10 @@ train: .venv/.installed ## train a recipe: make train RECIPE=mlp ARGS="--lr 3e-3
 	@launch/local.sh $(RECIPE) $(ARGS)
 
 test: .venv/.installed ## run the tests (under 10 minutes on two cores)
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(TESTS) $(BIN)/python -m pytest $(ARGS)
 
 test-min: .venv-min/.installed ## run the tests with the oldest versions that pyproject.toml admits
-	@.venv-min/bin/python -m pytest $(ARGS)
+	@$(TESTS) .venv-min/bin/python -m pytest $(ARGS)
 
 .venv-min/.installed: pyproject.toml constraints.txt constraints-min.txt
 	@$(PYTHON) -m venv .venv-min

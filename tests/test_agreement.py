@@ -9,38 +9,26 @@ from scaletrain.devices import set_up
 
 
 @pytest.mark.world_size(3)
-def test_texts_of_any_length_and_script_reach_every_rank():
-    control = set_up().control
-    rank = dist.get_rank()
+def test_texts_and_errors_of_one_rank_reach_all_and_rank_0_goes_first(shared_path):
+    control, rank = set_up().control, dist.get_rank()
     assert gather_texts(["", "füße → 足", "x" * 100_000][rank], control) == ["", "füße → 足", "x" * 100_000]
     assert gather_texts("", control) == ["", "", ""]
 
-
-@pytest.mark.world_size(3)
-def test_an_error_on_one_rank_is_raised_on_all():
-    control = set_up().control
-
     def fail_on_2():
-        if dist.get_rank() == 2:
+        if rank == 2:
             raise OSError("the disk of rank 2 is full")
-        return dist.get_rank()
+        return rank
 
     with pytest.raises(InputError, match="the disk of rank 2 is full"):
         together(fail_on_2, control)
-    assert together(lambda: dist.get_rank(), control) == dist.get_rank()
+    assert together(lambda: rank, control) == rank
 
-
-@pytest.mark.world_size(3)
-def test_rank_0_goes_first(shared_path):
-    control = set_up().control
-
-    def work():
-        path = shared_path / "cache"
-        first = not path.exists()
-        path.touch()
+    def am_i_first():
+        first = not (shared_path / "cache").exists()
+        (shared_path / "cache").touch()
         return first
 
-    assert first_then_others(work, control) == (dist.get_rank() == 0)
+    assert first_then_others(am_i_first, control) == (rank == 0)
 
 
 @pytest.mark.world_size(3)

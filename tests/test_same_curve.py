@@ -85,7 +85,7 @@ def test_curves_agree_on_two_processes(shared_path):
 
 @pytest.mark.world_size(4, timeout=200)
 def test_curves_agree_on_four_processes(shared_path):
-    check_curves_of_this_world(shared_path)
+    check_curves_of_this_world(shared_path, batch_sizes=(13,))
 
 
 def weighted_loss(model, batch, cfg):
@@ -174,8 +174,8 @@ def rows_of_each_step(cfg, folder):
     return seen
 
 
-def check_examples_of_each_step(folder):
-    for batch_size in (16, 13, 7):
+def check_examples_of_each_step(folder, batch_sizes=(16, 13, 7)):
+    for batch_size in batch_sizes:
         for micro_batch_size in MICRO_BATCHES:
             cfg = tiny.TinyConfig(batch_size=batch_size, micro_batch_size=micro_batch_size, max_steps=15)
             seen = rows_of_each_step(cfg, folder / f"{batch_size}-{micro_batch_size}")
@@ -194,4 +194,4 @@ def test_each_step_reads_its_examples_on_two_processes(shared_path):
 
 @pytest.mark.world_size(4, timeout=200)
 def test_each_step_reads_its_examples_on_four_processes(shared_path):
-    check_examples_of_each_step(shared_path)
+    check_examples_of_each_step(shared_path, batch_sizes=(13, 7))
