@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import NoReturn
 
+import torch.distributed as dist
+
 from scaletrain.build import start
 from scaletrain.config import is_first_process, parse
 from scaletrain.errors import FAILED, INPUT, INTERRUPTED, RANK_ENDED_EARLY, InputError
@@ -46,7 +48,7 @@ def main(
     except SystemExit as ended:
         if run is not None and ended.code in (0, None):  # the other ranks would wait for this one
             _record(run, RANK_ENDED_EARLY, f"rank {run.devices.rank} called exit before the end of training")
-            _leave(run, RANK_ENDED_EARLY)
+            _leave(RANK_ENDED_EARLY)
         raise
     except BaseException as error:
         _record(run, FAILED, f"{type(error).__name__}: {error}")
@@ -61,7 +63,7 @@ def _end(run: Run | None, code: int, reason: str) -> NoReturn:
     elif run is not None and not _somebody_spoke(run):
         _record(run, code, f"{reason} (on rank {run.devices.rank})")
         print(f"{reason} (on rank {run.devices.rank})", file=sys.stderr, flush=True)
-    _leave(run, code)
+    _leave(code)
 
 
 def _somebody_spoke(run: Run) -> bool:
@@ -82,10 +84,10 @@ def _record(run: Run | None, code: int, reason: str) -> None:
         run.tracking.close()
 
 
-def _leave(run: Run | None, code: int) -> NoReturn:
-    if run is not None and run.devices.world_size > 1:
+def _leave(code: int) -> NoReturn:
+    if dist.is_initialized():  # an exchange with ranks that may be gone would hold or abort an orderly exit
         sys.stdout.flush()
-        os._exit(code)  # an exchange with ranks that may be gone would hold an orderly exit
+        os._exit(code)
     sys.exit(code)
 
 
