@@ -15,11 +15,11 @@ def own_loop(run: Run) -> None:
         if info.step in (1, run.total_steps) or info.step % run.cfg.log_every == 0:
             run.log({"loss": run.mean(info.loss), "lr": info.lr})
         if run.validation_due(info):
-            run.log({"train_loss": run.mean_train_loss(), **validate(run)})
+            run.log(validate(run) | {"train_loss": run.mean_train_loss()})
         for hook in run.hooks:
             hook(run, info)
     if run.state.validated_step < run.state.step:  # stopped between two validations
-        run.log({"train_loss": run.mean_train_loss(), **validate(run)})
+        run.log(validate(run) | {"train_loss": run.mean_train_loss()})
 
 
 if __name__ == "__main__":

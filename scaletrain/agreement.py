@@ -1,10 +1,10 @@
 """How processes agree: short texts at once, wishes one step late.
 
-Everything here runs on the ``control`` group (gloo) in the main thread. No message is pickled.
+In the main thread everything runs on the ``control`` group (gloo). No message is pickled.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -15,8 +15,23 @@ from scaletrain.errors import InputError
 T = TypeVar("T")
 
 
+class Wish(NamedTuple):
+    """What processes may ask of all: each a number, 0 for nothing; of several, the highest is heard."""
+
+    stop: int = 0
+    """1 + the rank that asks for the end of training."""
+    save: int = 0
+    leave: int = 0
+    """The exit code to leave with, once everything is saved."""
+    failed: int = 0
+    """1 where saving has failed."""
+
+
+NO_WISH = Wish()
+
+
 class Wishes:
-    """Requests any process may make (stop), known to all one step later.
+    """Requests any process may make, known to all one step later.
 
     Each step one MAX all-reduce of int64 is started, and read at the next step, so nobody waits for it. With
     one process the delay is the same: the number of processes never changes at which step a wish is granted.
@@ -24,50 +39,56 @@ class Wishes:
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
         self._group = group
-        self._mine = 0  # this process's rank + 1 once it asks, so that the maximum names one that did
-        self._sent = 0  # what a lone process said at the call before
+        self._sent = NO_WISH  # by a lone process, at the call before
+        self._held = NO_WISH  # heard by ``drain`` and not yet handed out
         self._flying: tuple[Tensor, dist.Work] | None = None
 
-    def stop(self) -> None:
-        """Ask for the end of training."""
-        self._mine = 1 + (0 if self._group is None else dist.get_rank())
-
-    def exchange(self) -> int | None:
-        """Return the rank that had asked to stop at the call before, else None; send this process's own wish.
+    def exchange(self, mine: Wish) -> Wish:
+        """Return what was asked for at the call before; send this process's own wish.
 
         Every rank must reach this line, once a step.
         """
-        if self._group is None:
-            asked, self._sent = self._sent, self._mine
-            return asked - 1 if asked else None
         granted = self.drain()
-        wish = torch.tensor(self._mine, dtype=torch.int64)
-        self._flying = (wish, dist.all_reduce(wish, dist.ReduceOp.MAX, self._group, async_op=True))
+        self._held = NO_WISH
+        if self._group is None:
+            self._sent = mine
+        else:
+            wish = torch.tensor(mine, dtype=torch.int64)
+            self._flying = (wish, dist.all_reduce(wish, dist.ReduceOp.MAX, self._group, async_op=True))
         return granted
 
-    def drain(self) -> int | None:
-        """Wait for the exchange in flight, if any; return the rank that asked to stop, else None."""
-        if self._flying is None:
-            return None
-        wish, work = self._flying
-        work.wait()
-        self._flying = None
-        return int(wish) - 1 if wish else None
+    def drain(self) -> Wish:
+        """Wait for the exchange in flight, if any; return what the next ``exchange`` will."""
+        if self._group is None:
+            self.hold(self._sent)
+            self._sent = NO_WISH
+        elif self._flying is not None:
+            wish, work = self._flying
+            work.wait()
+            self._flying = None
+            self.hold(Wish(*wish.tolist()))
+        return self._held
+
+    def hold(self, wish: Wish) -> None:
+        """Let the next ``exchange`` return ``wish`` as well."""
+        if any(wish):
+            self._held = Wish(*map(max, self._held, wish))
 
 
 def gather_texts(text: str, group: dist.ProcessGroup | None) -> list[str]:
     """Return every rank's text, in order of rank. Every rank must reach this line."""
     if group is None:
         return [text]
-    mine = torch.tensor(list(text.encode()), dtype=torch.uint8)
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size(group))]
-    dist.all_gather(sizes, torch.tensor([len(mine)]), group=group)
+    content = text.encode()
+    dist.all_gather(sizes, torch.tensor([len(content)]), group=group)
     longest = max(int(size) for size in sizes)
-    padded = torch.zeros(longest, dtype=torch.uint8)
-    padded[: len(mine)] = mine
-    texts: list[Tensor] = [torch.zeros_like(padded) for _ in sizes]
+    if longest == 0:
+        return [""] * len(sizes)
+    padded = torch.frombuffer(bytearray(content.ljust(longest)), dtype=torch.uint8)
+    texts = [torch.zeros_like(padded) for _ in sizes]
     dist.all_gather(texts, padded, group=group)
-    return [bytes(t[: int(size)].tolist()).decode() for t, size in zip(texts, sizes, strict=True)]
+    return [t[: int(size)].numpy().tobytes().decode() for t, size in zip(texts, sizes, strict=True)]
 
 
 def together(work: Callable[[], T], group: dist.ProcessGroup | None) -> T:

@@ -1,6 +1,7 @@
 """Build a run: from a recipe and a config to everything the loop touches."""
 
 import inspect
+import os
 import random
 from dataclasses import asdict
 from math import ceil
@@ -10,31 +11,58 @@ import numpy as np
 import torch
 from torch import nn, optim
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 
 from scaletrain.agreement import first_then_others, gather_texts, together
+from scaletrain.checkpoint.files import Files
+from scaletrain.checkpoint.format import FOLDER
+from scaletrain.checkpoint.retain import Keep, clear_leftovers
+from scaletrain.checkpoint.saver import Saver
+from scaletrain.checkpoint.verify import Checkpoint
 from scaletrain.config import Config
 from scaletrain.devices import Devices, set_up
-from scaletrain.errors import InputError
-from scaletrain.folder import ENVIRONMENT, agree_on_folder, describe_environment, keep_source, short, write_json
-from scaletrain.hooks import default_hooks
+from scaletrain.errors import DONE, PREEMPTED, Finished, InputError, Preempted
+from scaletrain.folder import (
+    ENVIRONMENT,
+    agree_on_folder,
+    describe_environment,
+    exit_code,
+    keep_source,
+    short,
+    write_json,
+)
+from scaletrain.hooks import all_hooks
 from scaletrain.loader import ColumnReader, HeldOut, Loader, chosen_workers, length, make_reader
-from scaletrain.loop import train_step
+from scaletrain.loop import forward_backward, train_step
 from scaletrain.metrics import Sums
+from scaletrain.optimizers import parameter_names
 from scaletrain.order import Share, Shuffled, micro_batch_count
 from scaletrain.recipe import Data, Recipe, fingerprint
 from scaletrain.run import Run, Step
+from scaletrain.run.resume import changes, check_same, find, identity
+from scaletrain.run.saved import read_state, restore
+from scaletrain.signals import Signals
+from scaletrain.state import State
 from scaletrain.tracking import Tracking
 
 MODEL_LINES = 20
 """A model that prints in at most so many lines is shown whole at the start."""
 
 
-def start(recipe: Recipe, cfg: Config, *, source: str | None = None, step: Step | None = None) -> Run:
-    """Build a run and its folder, ready for ``train(run)``.
+def start(
+    recipe: Recipe,
+    cfg: Config,
+    *,
+    source: str | None = None,
+    step: Step | None = None,
+    signals: Signals | None = None,
+) -> Run:
+    """Build a run and its folder, ready for ``train(run)``: at its beginning, or where its checkpoint left off.
 
     ``source`` is the file to record and to name the run after (default: the one that defines the loss);
-    ``step`` replaces ``train_step``. Raises InputError for what cannot work, before the folder is made. Every
-    process calls it.
+    ``step`` replaces ``train_step``; ``signals`` are those that ask it to leave. Raises InputError for what cannot
+    work, before the folder is made; CheckpointError where no checkpoint can be read; Finished where all is done.
+    Every process calls it.
     """
     cfg.check()
     devices = set_up(cfg.precision, cfg.threads)
@@ -57,11 +85,14 @@ def start(recipe: Recipe, cfg: Config, *, source: str | None = None, step: Step 
         examples=examples,
         total_steps=cfg.max_steps or ceil(cfg.epochs * examples / cfg.batch_size - 1e-9),
         step=step or train_step,
+        identity=identity(cfg, fingerprint(data), loader.share.order),
+        signals=signals or Signals(),
     )
-    run.hooks = [*default_hooks(), *(recipe.hooks(cfg) if recipe.hooks else ())]
+    run.hooks = all_hooks(recipe.hooks(cfg) if recipe.hooks else ())
     names = together(lambda: check_monitor(run), devices.control)
     if len(set(gather_texts(names, devices.control))) > 1:
         raise InputError("evaluate does not return the same figures on all ranks; it must not depend on the examples")
+    warm_up(run)
     source = source or source_of(recipe)
     open_folder(run, Path(source).stem, source)
     return run
@@ -111,6 +142,7 @@ def build_optimizer(recipe: Recipe, cfg: Config, module: nn.Module) -> optim.Opt
     optimizer = recipe.optimizer(module, cfg)
     if isinstance(optimizer, optim.LBFGS):
         raise InputError("LBFGS evaluates the loss several times a step; give main a step of your own that does so")
+    parameter_names(module, optimizer)  # what is not the model's could not be saved
     return optimizer
 
 
@@ -187,28 +219,98 @@ def check_monitor(run: Run) -> str:
     return ", ".join(names)
 
 
-def open_folder(run: Run, name: str, source: str | None) -> None:
-    """Make the run folder, record what runs, and introduce the run on the console. Every rank must reach this line."""
-    run.folder = agree_on_folder(run.cfg.out, name, run.devices.control)
-    started_before = (run.folder / ENVIRONMENT).exists()
-    together(lambda: write_beginning(run, source) if run.devices.is_first else None, run.devices.control)
-    if not run.devices.is_first:
+def warm_up(run: Run) -> None:
+    """Compute two gradients and forget them, so that the first one that counts is summed like all later ones.
+
+    DistributedDataParallel regroups the gradients after its first pass; with three processes or more another
+    grouping is another order of summation, and a run that goes on would not have the bits of one never stopped.
+    """
+    if run.devices.world_size < 3 or not isinstance(run.model, DistributedDataParallel):
         return
-    if started_before:
-        run.tracking.warn(f"{short(run.folder)} held a run that did not end; it starts over")
+    buffers = [(buffer, buffer.clone()) for buffer in run.module.buffers()]
+    micro_batches = run.prepare_step(run.loader.first())
+    for _ in range(2):
+        forward_backward(run, micro_batches)
+    run.zero_grad()
+    for buffer, before in buffers:
+        buffer.copy_(before)
+
+
+def open_folder(run: Run, name: str, source: str | None) -> None:
+    """Make the run folder or go on in it, record what runs, and introduce it. Every rank must reach this line."""
+    devices, cfg = run.devices, run.cfg
+    run.folder = agree_on_folder(cfg.out, name, devices.control)
+    code = int(gather_texts(str(exit_code(run.folder)), devices.control)[0].replace("None", "-1"))
+    if code == PREEMPTED and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
+        raise Preempted(PREEMPTED)  # the launcher takes leaving for failing; a later job goes on
+    checkpoint, skipped = find(run.folder, cfg.resume, devices.control, devices.is_first)
+    own = checkpoint is not None and checkpoint.path.is_relative_to(run.folder)
+    started_before = (run.folder / ENVIRONMENT).exists()
+    if checkpoint is not None:
+        check_same(checkpoint, run.identity)
+        state = read_state(checkpoint.state["state"], checkpoint.step)
+        if own and code == DONE and (state.stop_reason or state.step >= run.total_steps):
+            raise Finished(run.folder, how_to_go_on(run, state))
+        restore(run, checkpoint)
+    elif code == DONE:
+        raise InputError(f"{short(run.folder)} holds a run that is done, without checkpoints; choose another --out")
+    keep = Keep(cfg.keep_last, cfg.keep_every)
+    run.saver = Saver(run.folder / FOLDER, copying=devices.control, writing=devices.checkpoint, keep=keep)
+    if checkpoint is not None and own:
+        run.saver.resumed(checkpoint)
+    together(lambda: write_beginning(run, source, checkpoint) if devices.is_first else None, devices.control)
+    if not devices.is_first:
+        return
+    for why in skipped:
+        run.tracking.warn(f"skipped a checkpoint: {why}")
+    if started_before and checkpoint is None:
+        run.tracking.warn(f"{short(run.folder)} held a run that was never saved; it starts over")
     for line in introduction(run, name):
         run.tracking.say(line)
     for warning in doubts(run):
         run.tracking.warn(warning)
-    run.tracking.start_tracker(run.cfg.track, name, asdict(run.cfg))
+    if checkpoint is not None:
+        for line in continuation(run, checkpoint):
+            run.tracking.say(line)
+    tracker_run = str(checkpoint.state["tracker"]) if checkpoint is not None and own else ""
+    run.tracking.start_tracker(cfg.track, name, asdict(cfg), tracker_run)
 
 
-def write_beginning(run: Run, source: str | None) -> None:
-    """Record what runs, and open the files of the run folder."""
+def how_to_go_on(run: Run, state: State) -> str:
+    """Say that nothing is left to do, and what would give the run more."""
+    if state.stop_reason:
+        return (
+            f"{short(run.folder)} is done: {state.stop_reason}; for a new run from there: "
+            f"--resume {short(run.folder)} --out ANOTHER"
+        )
+    return (
+        f"{short(run.folder)} is done: {state.step} steps of {run.total_steps}; to go on, give more --epochs or a "
+        "higher --max-steps; for a new run, another --out"
+    )
+
+
+def continuation(run: Run, checkpoint: Checkpoint) -> list[str]:
+    """Say where the run goes on, and with what other options than before."""
+    epochs = run.state.samples_seen / run.examples
+    where = f"going on after step {run.state.step} (epoch {epochs:.4g}) from {short(checkpoint.path)}"
+    different = changes(run, checkpoint)
+    return [where, *([f"changed since: {', '.join(different)}"] if different else [])]
+
+
+def write_beginning(run: Run, source: str | None, checkpoint: Checkpoint | None) -> None:
+    """Record what runs, and open the files of the run folder, cut back to the checkpoint it goes on from."""
+    (run.folder / "exit.json").unlink(missing_ok=True)
+    (run.folder / "result.json").unlink(missing_ok=True)
     write_json(run.folder / "config.json", asdict(run.cfg))
     write_json(run.folder / ENVIRONMENT, describe_environment(run.devices.world_size, str(run.devices.device)))
     keep_source(run.folder, source)
-    run.tracking = Tracking(run.folder, total_steps=run.total_steps, by_epoch=run.cfg.validate_every is None)
+    if (run.folder / FOLDER).is_dir():
+        clear_leftovers(Files(), run.folder / FOLDER)
+    own = checkpoint is not None and checkpoint.path.is_relative_to(run.folder)
+    keep = tuple(int(n) for n in checkpoint.state["lines"]) if checkpoint is not None and own else (0, 0)
+    run.tracking = Tracking(
+        run.folder, total_steps=run.total_steps, by_epoch=run.cfg.validate_every is None, keep=(keep[0], keep[1])
+    )
 
 
 def doubts(run: Run) -> list[str]:

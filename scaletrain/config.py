@@ -48,6 +48,16 @@ class Config:
     """Processes that read examples, per training process. Default: chosen; 0 for data in memory."""
     out: str | None = None
     """Folder of the run. Default: SCALETRAIN_OUT, else runs/NAME/TIME."""
+    resume: str = "auto"
+    """auto: go on where the folder's newest checkpoint stands. never, or another run's folder or checkpoint."""
+    checkpoint_every: int | None = None
+    """Optimizer steps between checkpoints. Default: checkpoint_minutes alone decides."""
+    checkpoint_minutes: float = 10
+    """Minutes between checkpoints, by rank 0's clock."""
+    keep_last: int = 2
+    """Newest checkpoints to keep; the best one stays besides."""
+    keep_every: int | None = None
+    """Keep the checkpoints of steps divisible by this for ever."""
     log_every: int = 10
     """Optimizer steps between log lines."""
     validate_every: int | None = None
@@ -61,7 +71,7 @@ class Config:
 
     def check(self) -> None:
         """Raise InputError for a value that cannot work. A recipe's own config may extend it."""
-        for name in ("lr", "epochs", "max_grad_norm"):
+        for name in ("lr", "epochs", "max_grad_norm", "checkpoint_minutes"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise InputError(f"--{_dashed(name)} is {value}; it must be a finite number above 0")
@@ -70,6 +80,9 @@ class Config:
             "batch_size",
             "micro_batch_size",
             "threads",
+            "checkpoint_every",
+            "keep_last",
+            "keep_every",
             "log_every",
             "validate_every",
             "patience",

@@ -1,20 +1,33 @@
 """From the command line to a trained model, and every way a run can end."""
 
+import json
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import torch.distributed as dist
 
 from scaletrain.build import start
 from scaletrain.config import is_first_process, parse
-from scaletrain.errors import FAILED, INPUT, INTERRUPTED, RANK_ENDED_EARLY, InputError
-from scaletrain.folder import write_json
+from scaletrain.errors import (
+    CHECKPOINT,
+    FAILED,
+    INPUT,
+    INTERRUPTED,
+    RANK_ENDED_EARLY,
+    CheckpointError,
+    Finished,
+    InputError,
+    Preempted,
+)
+from scaletrain.folder import short, write_json
 from scaletrain.loop import train
 from scaletrain.recipe import Recipe
 from scaletrain.run import Result, Run, Step
+from scaletrain.signals import Signals, noting
 
 OTHERS_SECONDS = 2
 """A rank that fails alone waits so long for rank 0 to speak before it speaks itself."""
@@ -33,14 +46,29 @@ def main(
     ends with a code of ``scaletrain.errors``: after one line for what the user can mend, after a traceback for
     what is a bug.
     """
+    with noting(alone="LOCAL_RANK" not in os.environ) as signals:
+        return _main(recipe, argv, step, loop, signals)
+
+
+def _main(
+    recipe: Recipe, argv: Sequence[str] | None, step: Step | None, loop: Callable[[Run], None], signals: Signals
+) -> Result:
     run: Run | None = None
     try:
         cfg = parse(recipe.config, argv, description=_about(recipe))
-        run = start(recipe, cfg, source=_script() if argv is None else None, step=step)
+        run = start(recipe, cfg, source=_script() if argv is None else None, step=step, signals=signals)
         loop(run)
         return run.finish()
+    except Finished as done:
+        if is_first_process():
+            print(done)
+        return earlier_result(done.folder)
+    except Preempted as told:
+        _end(run, told.code, _saved(run, told.code))
     except InputError as error:
         _end(run, INPUT, f"error: {error}")
+    except CheckpointError as error:
+        _end(run, CHECKPOINT, f"error: {error}")
     except FloatingPointError as error:
         _end(run, FAILED, f"error: {error}")
     except KeyboardInterrupt:
@@ -53,6 +81,23 @@ def main(
     except BaseException as error:
         _record(run, FAILED, f"{type(error).__name__}: {error}")
         raise
+
+
+def _saved(run: Run | None, code: int) -> str:
+    """Say that nothing is lost and how to go on."""
+    if run is None:  # restarted by the launcher after it had left
+        return "told to leave; all is saved"
+    who = "interrupted" if code == INTERRUPTED else "told to leave"
+    return f"{who}: saved after step {run.state.step}; to go on: the same command with --out {short(run.folder)}"
+
+
+def earlier_result(folder: Path) -> Result:
+    """Return what a run said of itself when it was done."""
+    try:
+        said = json.loads((folder / "result.json").read_text())
+        return Result(said["metrics"], said["step"], said["best"], said["best_step"], said["stop_reason"], folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        _end(None, INPUT, f"error: {folder} is done but its result.json cannot be read ({error}); choose another --out")
 
 
 def _end(run: Run | None, code: int, reason: str) -> NoReturn:

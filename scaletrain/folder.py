@@ -12,17 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import save_model
-from torch import nn
 
 from scaletrain.agreement import gather_texts, together
-from scaletrain.errors import DONE, InputError
+from scaletrain.errors import InputError
 from scaletrain.order import seed_for
 
-WEIGHTS = "model.safetensors"
 ENVIRONMENT = "environment.json"
-OURS = ("config.json", "metrics.jsonl", "timing.jsonl", "result.json", "recipe.py", WEIGHTS)
+OURS = ("config.json", "metrics.jsonl", "timing.jsonl", "result.json", "recipe.py", "model.safetensors", "checkpoints")
 _TOKEN = ".seen-by-rank-0"
 
 
@@ -30,8 +26,7 @@ def agree_on_folder(out: str | None, name: str, group: dist.ProcessGroup | None)
     """Choose and make the run folder on rank 0, and check that every process sees it.
 
     ``out``, else SCALETRAIN_OUT, else one of its own per SLURM job, else per second. Raises InputError where it
-    cannot be written, is not shared between the ranks, or holds a run that is done. Every rank must reach
-    this line.
+    cannot be written, is not shared between the ranks, or is none of ours. Every rank must reach this line.
     """
     first = group is None or dist.get_rank() == 0
     folder = Path(gather_texts(together(lambda: str(_make(out, name)) if first else "", group), group)[0])
@@ -54,19 +49,6 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 def short(path: Path) -> str:
     """Return ``path`` as seen from the working directory, where it lies below it."""
     return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
-
-
-def save_weights(path: Path, module: nn.Module) -> None:
-    """Write the module's weights under their plain names; tied weights once."""
-    draft = path.with_name(path.name + ".draft")
-    try:
-        save_model(module, str(draft), metadata={"format": "pt"})
-    except SafetensorError as error:  # as safetensors calls a full disk
-        raise OSError(f"cannot write {path}: {error}") from None
-    umask = os.umask(0)
-    os.umask(umask)
-    draft.chmod(0o666 & ~umask)  # safetensors leaves 0600
-    draft.replace(path)
 
 
 def strict(value: Any) -> Any:
@@ -114,12 +96,9 @@ def _make(out: str | None, name: str) -> Path:
         raise InputError(
             f"cannot write the run folder {given or 'runs/' + name}: {error.strerror}; choose another --out"
         ) from None
-    if _is_done(folder):
-        raise InputError(f"{folder} holds a run that is done; choose another --out")
     foreign = [name for name in OURS if (folder / name).exists()] if not (folder / ENVIRONMENT).exists() else []
     if foreign:
         raise InputError(f"{folder} is no run folder and its {foreign[0]} would be overwritten; choose another --out")
-    (folder / "exit.json").unlink(missing_ok=True)
     return folder.absolute()
 
 
@@ -135,11 +114,12 @@ def _make_new(parent: Path) -> Path:
     raise InputError(f"cannot find a free name in {parent}; choose --out")
 
 
-def _is_done(folder: Path) -> bool:
+def exit_code(folder: Path) -> int | None:
+    """Return how the run in ``folder`` ended, if it says so."""
     try:
-        return bool(json.loads((folder / "exit.json").read_text())["code"] == DONE)
+        return int(json.loads((folder / "exit.json").read_text())["code"])
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        return None
 
 
 def _check_token(folder: Path, token: str, rank: int) -> None:

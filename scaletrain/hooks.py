@@ -1,14 +1,18 @@
 """What happens after a step, on every process, in this order."""
 
 import time
+from collections.abc import Sequence
 
 from scaletrain.recipe import Hook
 from scaletrain.run import Run, StepInfo
 
 
-def default_hooks() -> list[Hook]:
-    """Return the hooks of every run, in the order in which they are called; the recipe's own come after."""
-    return [stop_when_not_finite, stop_without_progress, Throughput()]
+def all_hooks(own: Sequence[Hook]) -> list[Hook]:
+    """Return the hooks of a run in the order in which they are called; ``own`` are the recipe's.
+
+    Saving comes last: what it saves is the end of the step.
+    """
+    return [stop_when_not_finite, stop_without_progress, Throughput(), *own, save_when_due]
 
 
 def stop_when_not_finite(run: Run, info: StepInfo) -> None:
@@ -39,6 +43,12 @@ def stop_without_progress(run: Run, info: StepInfo) -> None:
     if patience is not None and run.state.validations_without_progress >= patience:
         best = "a finite number" if run.state.best is None else f"{run.state.best:.4f}"
         run.stop(f"{run.cfg.monitored_metric} was not better than {best} in {patience} validations")
+
+
+def save_when_due(run: Run, info: StepInfo) -> None:
+    """Save a checkpoint beside training: every so many steps or minutes, after a best score, and on SIGUSR1."""
+    if run.save_due(info):
+        run.save()
 
 
 class Throughput:

@@ -14,6 +14,7 @@ from scaletrain.devices import copies_without_waiting
 from scaletrain.errors import InputError
 from scaletrain.order import Indices, Share, micro_batch_count, seed_for, split
 from scaletrain.recipe import Batch, Columns
+from scaletrain.signals import ignore
 
 T = TypeVar("T")
 Request = tuple[Indices, Indices]
@@ -99,6 +100,11 @@ class Loader:
         """Yield each step's micro-batches, beginning with the step whose first position is ``first``."""
         return self._from_columns(self.reader, first) if isinstance(self.reader, ColumnReader) else self._read(first)
 
+    def first(self) -> list[MicroBatch]:
+        """Return the first step's micro-batches, read in this process."""
+        here = Loader(self.reader, self.share, self.micro_batches, workers=0, device=self.device)
+        return next(here.steps(0))
+
     def _from_columns(self, reader: ColumnReader, first: int) -> Iterator[list[MicroBatch]]:
         """Gather and move several steps at once, then cut: a call on a few rows costs as much as on hundreds."""
         size, names = self.share.size, list(reader.columns)
@@ -170,6 +176,7 @@ def read_ahead(reader: Reader, requests: Iterator[Request], workers: int, device
         num_workers=workers,
         timeout=WORKER_TIMEOUT_SECONDS,
         pin_memory=device.type == "cuda",
+        worker_init_fn=_leave_signals_to_training,
         generator=torch.Generator(),  # its base seed must not come from the generator that training uses
     )
     return iter(loader)
@@ -232,6 +239,11 @@ def _narrow(batch: Batch) -> Batch:
         narrow = [_narrow(leaf) for leaf in batch]
         return type(batch)(*narrow) if hasattr(batch, "_fields") else type(batch)(narrow)
     return batch
+
+
+def _leave_signals_to_training(worker: int) -> None:
+    """A SIGTERM to all processes must not take the workers before the step is finished and saved."""
+    ignore()
 
 
 def _as_is(batch: T) -> T:

@@ -21,23 +21,23 @@ def train(run: Run) -> None:
         if run.log_due(info):
             run.log({"loss": run.mean(info.loss), "lr": info.lr})  # waits for the device
         if run.validation_due(info):
-            run.log({"train_loss": run.mean_train_loss(), **validate(run)})
+            run.log(validate(run) | {"train_loss": run.mean_train_loss()})
         for hook in run.hooks:
             hook(run, info)
     if "val" in run.held_out and run.state.validated_step < run.state.step:  # stopped between validations
-        run.log({"train_loss": run.mean_train_loss(), **validate(run)})
-    if "test" in run.held_out:
+        run.log(validate(run) | {"train_loss": run.mean_train_loss()})
+    run.take_best()
+    if "test" in run.held_out and run.state.tested_step < run.state.step:
         run.log(validate(run, "test"))
 
 
 def steps(run: Run) -> Iterator[StepInfo]:
     """Do optimizer steps and yield what each did; logging, validating and the rest are the caller's."""
+    yield from run.unfinished()
     batches = run.loader.steps(run.state.samples_seen)
     while run.state.step < run.total_steps and not run.stopping():
         micro_batches = run.prepare_step(next(batches))
-        info = run.step(run, micro_batches)
-        run.count(info)
-        yield info
+        yield from run.hand_out(run.step(run, micro_batches))
 
 
 def train_step(run: Run, micro_batches: list[MicroBatch]) -> StepInfo:

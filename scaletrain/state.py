@@ -1,6 +1,6 @@
 """Every counter of a run."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 
@@ -24,6 +24,12 @@ class State:
     """Step at which ``best`` was measured."""
     validations_without_progress: int = 0
     """Validations since ``best``, compared with the patience."""
+    best_metrics: dict[str, float] = field(default_factory=dict)
+    """All validation metrics measured together with ``best``."""
+    tested_step: int = -1
+    """Step of the last test; -1 before the first."""
+    stop_reason: str = ""
+    """Why training ended before its last step; empty if it did not."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return every counter by name."""

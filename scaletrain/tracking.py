@@ -12,6 +12,7 @@ from accelerate.tracking import WandBTracker
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from scaletrain.errors import CheckpointError
 from scaletrain.folder import strict
 
 PLAIN_LINE_SECONDS = 10
@@ -23,10 +24,20 @@ FLUSH_SECONDS = 1
 class Tracking:
     """The voice of a run: rank 0's. Without a folder, as on the other ranks, every method does nothing."""
 
-    def __init__(self, folder: Path | None = None, *, total_steps: int = 0, by_epoch: bool = True) -> None:
+    def __init__(
+        self,
+        folder: Path | None = None,
+        *,
+        total_steps: int = 0,
+        by_epoch: bool = True,
+        keep: tuple[int, int] = (0, 0),
+    ) -> None:
+        """``keep`` counts the lines of metrics.jsonl and timing.jsonl that stay from before."""
         self.folder, self.by_epoch = folder, by_epoch
-        self._metrics = JsonLines(folder / "metrics.jsonl") if folder else None
-        self._timing = JsonLines(folder / "timing.jsonl") if folder else None
+        self._metrics = JsonLines(folder / "metrics.jsonl", keep[0]) if folder else None
+        self._timing = JsonLines(folder / "timing.jsonl", keep[1]) if folder else None
+        self.tracker_run = ""
+        """The tracker's own name for this run, by which a later process goes on with it."""
         self._console = Console(highlight=False, soft_wrap=True)
         self._progress = StepLine(self._console, total_steps)
         self._tracker: WandBTracker | None = None
@@ -41,15 +52,31 @@ class Tracking:
         if self.folder is not None:
             self._console.print(f"warning: {text}", style="yellow", markup=False)
 
-    def start_tracker(self, track: str, name: str, config: Mapping[str, Any]) -> None:
-        """Connect the tracker that ``--track`` names; wandb is offline unless it has a key or WANDB_MODE says more."""
+    @property
+    def lines(self) -> tuple[int, int]:
+        """How many lines metrics.jsonl and timing.jsonl have by now, written or pending."""
+        return (self._metrics.count, self._timing.count) if self._metrics and self._timing else (0, 0)
+
+    def flush(self) -> None:
+        """Write the lines that are pending."""
+        for lines in (self._metrics, self._timing):
+            if lines is not None:
+                lines.flush()
+
+    def start_tracker(self, track: str, name: str, config: Mapping[str, Any], run: str = "") -> None:
+        """Connect the tracker that ``--track`` names; wandb is offline unless it has a key or WANDB_MODE says more.
+
+        ``run`` is the ``tracker_run`` of before: it goes on, and steps it has been told of are not told again.
+        """
         if self.folder is None or track == "none":
             return
         mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
         try:
             run_name = f"{name}/{self.folder.name}"
-            self._tracker = WandBTracker("scaletrain", name=run_name, dir=str(self.folder), mode=mode)
+            known = {"id": run, "resume": "allow"} if run else {}
+            self._tracker = WandBTracker("scaletrain", name=run_name, dir=str(self.folder), mode=mode, **known)
             self._tracker.start()
+            self.tracker_run = self._tracker.tracker.id
             self._tracker.store_init_configuration(strict(config))
         except Exception as error:  # whatever a tracker does, training goes on
             self._drop_tracker(error)
@@ -61,7 +88,8 @@ class Tracking:
         if self._metrics is None:
             return
         self._metrics.add({"step": step, "epoch": epoch, "samples_seen": samples_seen, **values})
-        if self._tracker is not None:
+        if self._tracker is not None and step > self._metrics.told_step:
+            self._metrics.flush()  # the file is never behind the tracker, so it knows which steps that was told
             try:
                 self._tracker.log(dict(values), step=step)
             except Exception as error:  # whatever a tracker does, training goes on
@@ -87,9 +115,7 @@ class Tracking:
             except Exception as error:  # whatever a tracker does, the run ends as it would have
                 self._drop_tracker(error)
             self._tracker = None
-        for lines in (self._metrics, self._timing):
-            if lines is not None:
-                lines.flush()
+        self.flush()
 
     def _drop_tracker(self, error: Exception) -> None:
         """Warn once; the run goes on without its tracker."""
@@ -100,26 +126,48 @@ class Tracking:
 
 
 class JsonLines:
-    """A file of one JSON object a line, written about once a second: a line at a time would cost 30 us more."""
+    """A file of one JSON object a line, written about once a second: a line at a time would cost 30 us more.
 
-    def __init__(self, path: Path) -> None:
-        path.write_text("")
+    The first ``keep`` lines stay from before; the rest was written after the checkpoint that the run goes on from.
+    """
+
+    def __init__(self, path: Path, keep: int = 0) -> None:
         self._path = path
+        before = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        self.told_step = max(map(_step_of, before[keep:]), default=-1)
+        """The last step of the lines that were cut off."""
+        self.count = min(keep, len(before))
+        """Lines there are, the pending ones included."""
+        path.open("ab").close()
+        os.truncate(path, sum(len(line) for line in before[:keep]))
         self._pending: list[Mapping[str, Any]] = []
         self._flushed = time.monotonic()
 
     def add(self, record: Mapping[str, Any]) -> None:
         """Append a record; NaN becomes null."""
         self._pending.append(record)
+        self.count += 1
         if time.monotonic() - self._flushed > FLUSH_SECONDS:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is pending."""
-        with self._path.open("a") as file:
-            file.writelines(json.dumps(strict(record)) + "\n" for record in self._pending)
-        self._pending.clear()
+        """Write what is pending. Raises CheckpointError where the disk does not take it: the run is not lost."""
+        if self._pending:
+            lines = "".join(json.dumps(strict(record)) + "\n" for record in self._pending)
+            try:
+                with self._path.open("a") as file:
+                    file.write(lines)
+            except OSError as error:
+                raise CheckpointError("disk", f"{self._path}: disk: {error.strerror}; start again to go on") from None
+            self._pending.clear()
         self._flushed = time.monotonic()
+
+
+def _step_of(line: bytes) -> int:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # a line that a power cut left half written
+        return -1
 
 
 class StepLine:

@@ -6,57 +6,32 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
-from typing import NamedTuple
+from signal import SIGINT
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn, optim
 from torch.nn.utils import clip_grad_norm_
 
-from scaletrain.agreement import Wishes, gather_texts, together
+from scaletrain.agreement import NO_WISH, Wish, Wishes, gather_texts, together
+from scaletrain.checkpoint.export import WEIGHTS, export, named_tensors
+from scaletrain.checkpoint.format import dump, step_folder
+from scaletrain.checkpoint.load import load
+from scaletrain.checkpoint.saver import Saver
+from scaletrain.checkpoint.verify import open_checkpoint, whole
 from scaletrain.config import Config
-from scaletrain.devices import NOTHING, Devices
-from scaletrain.errors import DONE, InputError
-from scaletrain.folder import WEIGHTS, save_weights, short, write_json
+from scaletrain.devices import NOTHING, Devices, seed_generators
+from scaletrain.errors import DONE, INTERRUPTED, PREEMPTED, InputError, Preempted
+from scaletrain.folder import short, write_json
 from scaletrain.loader import HeldOut, Loader, MicroBatch, length
-from scaletrain.optimizers import base_values, set_factors
+from scaletrain.optimizers import base_values, hyperparameters, set_factors
 from scaletrain.order import MASK, STRIDE, seed_for
 from scaletrain.recipe import Batch, Data, Hook, Metric, Recipe, unmet
+from scaletrain.run.info import Result, StepInfo
+from scaletrain.run.saved import captured
+from scaletrain.signals import Signals
 from scaletrain.state import State
 from scaletrain.tracking import Tracking
-
-
-class StepInfo(NamedTuple):
-    """What one optimizer step did. The tensors stay on the device: reading one waits for it."""
-
-    step: int
-    """Optimizer steps attempted, completed, this one included."""
-    epoch: float
-    """Passes over the training examples completed, this step included."""
-    samples_seen: int
-    lr: float
-    """Learning rate of the first parameter group in this step."""
-    loss: Tensor
-    """0-d: this process's share of the step's mean loss; ``run.mean(info.loss)`` is the whole."""
-    grad_norm: Tensor | None
-    """0-d: L2 norm of the gradient before clipping; None without ``max_grad_norm``."""
-    finite: Tensor
-    """0-d bool: whether the gradient was finite; where not, weights and optimizer are as before."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a run ended."""
-
-    metrics: dict[str, float]
-    """The last value of each validation and test metric: those of the exported weights."""
-    step: int
-    """Optimizer steps attempted, completed."""
-    best: float | None
-    """Best value of the monitored metric."""
-    best_step: int
-    stop_reason: str
-    """Why it ended before its last step; empty if it did not."""
-    folder: Path
 
 
 @dataclass
@@ -91,8 +66,11 @@ class Run:
     hooks: Sequence[Hook] = ()
     metrics: dict[str, float] = field(default_factory=dict)
     """The last value of each validation and test metric."""
-    stop_reason: str = ""
-    """Why training ended before the last step, if it did."""
+    identity: dict[str, Any] = field(default_factory=dict)
+    """What must be the same when the run goes on later."""
+    saver: Saver | None = None
+    """Writes the checkpoints; None until the run has a folder."""
+    signals: Signals = field(default_factory=Signals)
     paused_seconds: float = 0.0
     """Time spent in validation so far, which throughput leaves out."""
 
@@ -108,18 +86,59 @@ class Run:
         self._one = torch.ones((), device=self.devices.device)
         self._true = torch.ones((), dtype=torch.bool, device=self.devices.device)
         self._found = torch.zeros((), device=self.devices.device)
-        self._losses = torch.zeros((), device=self.devices.device)
-        self._skipped = torch.zeros((), device=self.devices.device)
-        self._wishes = Wishes(self.devices.control)
-        self._asked = ""
+        self.losses = torch.zeros((), dtype=self.devices.sums_in, device=self.devices.device)
+        """Sum of this process's shares of the loss since ``state.train_loss_from``."""
+        self.skipped = torch.zeros((), device=self.devices.device)
+        """Steps skipped that ``state.skipped`` does not count yet."""
+        self.built = hyperparameters(self.optimizer)
+        self.wishes = Wishes(self.devices.control)
+        self.asked = ""
+        """Why this process asks for the end of training, if it does."""
+        self.handed_out: StepInfo | None = None
+        """The step that the caller of ``steps`` is busy with."""
+        self.lines = (0, 0)
+        """Lines of metrics.jsonl and timing.jsonl when it was handed out."""
+        self._save_granted = False
+        self._save_at = time.monotonic() + 60 * self.cfg.checkpoint_minutes
+        self._result_step = -1
 
     def stopping(self) -> bool:
         """Whether a stop that some process asked for a step ago is due. Every rank must reach this line."""
-        asked_by = self._wishes.exchange()
-        if asked_by is None:
-            return False
-        self.stop_reason = gather_texts(self._asked, self.devices.control)[asked_by]
-        return True
+        self.signals.training = True
+        granted = self._listen()
+        if granted.stop:
+            self.state.stop_reason = gather_texts(self.asked, self.devices.control)[granted.stop - 1]
+        return bool(self.state.stop_reason)
+
+    def _listen(self) -> Wish:
+        """Tell the others what this process was asked for, and do what all have agreed on."""
+        granted = self.wishes.exchange(self._wish())
+        if granted is NO_WISH:
+            return granted
+        if granted.failed and self.saver is not None:
+            self.saver.wait()
+        if granted.leave:
+            self.leave(granted.leave)
+        if granted.save:
+            self._save_granted, self.signals.save = True, False
+        return granted
+
+    def _wish(self) -> Wish:
+        signals, saver = self.signals, self.saver
+        due = self.devices.is_first and time.monotonic() > self._save_at
+        failed = saver is not None and saver.failure is not None
+        if not (due or self.asked or signals.leave or signals.save or failed):
+            return NO_WISH
+        leave = 0 if saver is None or not signals.leave else INTERRUPTED if signals.leave == SIGINT else PREEMPTED
+        stop = 1 + self.devices.rank if self.asked else 0
+        return Wish(stop, int(due or signals.save), leave, int(failed))
+
+    def leave(self, code: int) -> NoReturn:
+        """Save this very step and raise Preempted, on all processes. Every rank must reach this line."""
+        self.save(self.handed_out)
+        if self.saver is not None:
+            self.saver.wait()
+        raise Preempted(code)
 
     def prepare_step(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         """Set this step's learning rate, seed the generators by (seed, step, rank), and augment."""
@@ -195,7 +214,7 @@ class Run:
         elif not found.item():
             self.optimizer.step()
             return self._true
-        self._skipped += found
+        self.skipped += found
         return found == 0
 
     def info(self, loss: Tensor, grad_norm: Tensor | None, finite: Tensor) -> StepInfo:
@@ -204,10 +223,19 @@ class Run:
         lr = self.optimizer.param_groups[0]["lr"]
         return StepInfo(self.state.step + 1, samples_seen / self.examples, samples_seen, lr, loss, grad_norm, finite)
 
-    def count(self, info: StepInfo) -> None:
-        """Move the counters on to after the step that ``info`` describes."""
+    def hand_out(self, info: StepInfo) -> Iterator[StepInfo]:
+        """Move the counters on to after the step that ``info`` describes, and yield it once."""
         self.state.step, self.state.samples_seen = info.step, info.samples_seen
-        self._losses = self._losses + info.loss
+        self.losses = self.losses + info.loss
+        yield from self.unfinished(info)
+
+    def unfinished(self, info: StepInfo | None = None) -> Iterator[StepInfo]:
+        """Yield ``info``, or the step that the caller had not done with when the run was told to leave."""
+        self.handed_out = info or self.handed_out
+        if self.handed_out is not None:
+            self.lines = self.tracking.lines
+            yield self.handed_out
+            self.handed_out = None
 
     def log_due(self, info: StepInfo) -> bool:
         """Whether to log this step's loss: the first, every ``log_every``-th and the last."""
@@ -228,14 +256,14 @@ class Run:
 
     def mean_train_loss(self) -> float:
         """Return the mean loss of the steps since the last call. Every rank must reach this line."""
-        mean = self.mean(self._losses) / max(1, self.state.step - self.state.train_loss_from)
-        self._losses, self.state.train_loss_from = torch.zeros_like(self._losses), self.state.step
+        mean = self.mean(self.losses) / max(1, self.state.step - self.state.train_loss_from)
+        self.losses, self.state.train_loss_from = torch.zeros_like(self.losses), self.state.step
         return mean
 
     def newly_skipped(self) -> int:
         """Count the steps skipped since the last call. Waits for the device."""
-        new = int(self._skipped)
-        self._skipped.zero_()
+        new = int(self.skipped)
+        self.skipped.zero_()
         self.state.skipped += new
         return new
 
@@ -254,7 +282,11 @@ class Run:
             self.paused_seconds += time.perf_counter() - started
 
     def evaluate(self, batch: Batch) -> dict[str, Metric]:
-        """Return the recipe's figures of a batch; without ``evaluate``, its mean loss."""
+        """Return the recipe's figures of a batch; without ``evaluate``, its mean loss.
+
+        A long validation listens too: told to leave, it does not go on to its end. Every rank must reach this line.
+        """
+        self.wishes.hold(self._listen())
         with self.devices.autocast():
             if self.recipe.evaluate is None:
                 return {"loss": self.recipe.loss(self.module, batch, self.cfg)}
@@ -268,6 +300,8 @@ class Run:
         """Keep what a validation or test found; return it with the split's name in front: ``val_loss``."""
         metrics = {f"{split}_{name}": value for name, value in figures.items()}
         self.metrics.update(metrics)
+        if split == "test":
+            self.state.tested_step = self.state.step
         if split != "val":
             return metrics
         state, value = self.state, metrics[self.cfg.monitored_metric]
@@ -275,6 +309,7 @@ class Run:
         better = state.best is None or (value > state.best if self.cfg.higher_is_better else value < state.best)
         if better and isfinite(value):
             state.best, state.best_step, state.validations_without_progress = value, state.step, 0
+            state.best_metrics = metrics
         else:
             state.validations_without_progress += 1
         return metrics
@@ -290,44 +325,78 @@ class Run:
 
     def stop(self, reason: str) -> None:
         """Ask, on any process, that training end; all processes end together, one step later."""
-        self._asked = self._asked or reason
-        self._wishes.stop()
+        self.asked = self.asked or reason
+
+    def save_due(self, info: StepInfo) -> bool:
+        """Whether to save after this step: its number, the best score, the clock or a signal asks for it."""
+        every = self.cfg.checkpoint_every
+        return self._save_granted or self.state.best_step == info.step or (every is not None and info.step % every == 0)
+
+    def save(self, unfinished: StepInfo | None = None) -> None:
+        """Begin to save this step; training goes on when all is copied. Every rank must reach this line.
+
+        ``unfinished`` is a step whose logging, validation and hooks are still to be done.
+        """
+        if self.saver is None or self.saver.saved_step == self.state.step:
+            return
+        self.tracking.flush()
+        tensors, facts = captured(self, unfinished)
+        beside = [self.folder / name for name in ("metrics.jsonl", "timing.jsonl")] if self.devices.is_first else []
+        self.saver.save(self.state.step, tensors, dump(facts), beside=beside, best_step=self.state.best_step)
+        self._save_granted, self._save_at = False, time.monotonic() + 60 * self.cfg.checkpoint_minutes
+
+    def take_best(self) -> None:
+        """Save the end of training, then put the best weights into the model. Every rank must reach this line."""
+        self.wishes.drain()
+        if self.saver is None or self._result_step >= 0:
+            return
+        self.save()
+        self.saver.wait()
+        state = self.state
+        self._result_step = state.step
+        if state.best_step in (-1, state.step):
+            return
+        path = self.saver.folder / step_folder(state.best_step)
+        problem = gather_texts(self._why_not(path) if self.devices.is_first else "", self.devices.control)[0]
+        if problem:
+            self.tracking.warn(
+                f"the best weights, of step {state.best_step}, cannot be had ({problem}): the last are used"
+            )
+            return
+        load(open_checkpoint(path), "model", named_tensors(self.module))
+        self._result_step = state.best_step
+        self.metrics.update(state.best_metrics)
+
+    def _why_not(self, path: Path) -> str:
+        found = whole(path)
+        return found if isinstance(found, str) else ""
 
     def finish(self) -> Result:
-        """Export the weights, write result.json, and say how the run ended. Every rank must reach this line."""
-        self._wishes.drain()
+        """Export the best weights, write result.json, and say how the run ended. Every rank must reach this line."""
+        self.take_best()
         together(self._write_outcome, self.devices.control)
         state, say = self.state, self.tracking.say
-        say(f"{self.stop_reason or 'done'}: {state.step} steps, {state.samples_seen / self.examples:.4g} epochs")
+        say(f"{state.stop_reason or 'done'}: {state.step} steps, {state.samples_seen / self.examples:.4g} epochs")
         if state.best is not None:
             say(f"best {self.cfg.monitored_metric} {state.best:.4f} at step {state.best_step}")
-        say(f"weights of the last step: {short(self.folder / WEIGHTS)}")
+        say(f"weights of step {self._result_step}: {short(self.folder / WEIGHTS)}")
         self.tracking.close()
-        return Result(self.metrics, state.step, state.best, state.best_step, self.stop_reason, self.folder)
+        return Result(self.metrics, state.step, state.best, state.best_step, state.stop_reason, self.folder)
 
     def _write_outcome(self) -> None:
-        if self.devices.is_first:
-            save_weights(self.folder / WEIGHTS, self.module)
-            outcome = {"metrics": self.metrics, "stop_reason": self.stop_reason, **self.state.to_dict()}
+        if self.devices.is_first and self.saver is not None:
+            export(open_checkpoint(self.saver.folder / step_folder(self._result_step)), self.folder / WEIGHTS)
+            outcome = {"metrics": self.metrics, **self.state.to_dict()}
             write_json(
                 self.folder / "result.json", {**outcome, "expect_missed": unmet(self.recipe.expect, self.metrics)}
             )
-            write_json(self.folder / "exit.json", {"code": DONE, "reason": self.stop_reason or "done"})
+            write_json(self.folder / "exit.json", {"code": DONE, "reason": self.state.stop_reason or "done"})
 
 
 def any_not_finite(gradients: list[Tensor]) -> Tensor:
     """Whether a gradient of any dtype, sparse ones too, holds NaN or infinity, 0-d bool."""
     values = [g.coalesce().values() if g.is_sparse else g for g in gradients]
     return ~torch.stack([v.abs().amax().float() for v in values if v.numel()]).isfinite().all()
-
-
-def seed_generators(seed: int, device: torch.device) -> None:
-    """Seed torch's default generators of the CPU and ``device``; 300 times faster than torch.manual_seed."""
-    torch.default_generator.manual_seed(seed)
-    if device.type == "cuda":
-        torch.cuda.default_generators[device.index or 0].manual_seed(seed)
-    elif device.type != "cpu":
-        getattr(torch, device.type).manual_seed(seed)  # mps, xpu
 
 
 Step = Callable[[Run, list[MicroBatch]], StepInfo]

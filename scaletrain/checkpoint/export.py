@@ -1,0 +1,91 @@
+"""From a checkpoint to one file of weights with plain names, and from such a file into a network."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from scaletrain.checkpoint.format import folder_descriptor, read_header, regular_file
+from scaletrain.checkpoint.load import load, whole_shapes
+from scaletrain.checkpoint.verify import Checkpoint, checkpoint_at, open_checkpoint, verify
+from scaletrain.errors import CheckpointError
+
+WEIGHTS = "model.safetensors"
+
+
+def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
+    """Fill ``model`` with trained weights, and return it.
+
+    ``path`` is a ``model.safetensors``, a run's folder (its exported weights, else its newest checkpoint) or a
+    checkpoint. Raises CheckpointError unless names, shapes and dtypes are the model's, and for a checkpoint that
+    is not whole; nothing from the file is executed.
+    """
+    path = Path(path)
+    tensors = named_tensors(model)
+    if (path / WEIGHTS).exists():
+        path = path / WEIGHTS
+    if path.is_dir():
+        checkpoint = open_checkpoint(checkpoint_at(path))
+        verify(checkpoint)
+        load(checkpoint, "model", tensors)
+        return model
+    from safetensors import safe_open
+
+    with folder_descriptor(path.resolve().parent) as folder, regular_file(folder, path.name, str(path)) as (file, size):
+        found = {name: (piece.shape, piece.dtype) for name, piece in read_header(file, size, str(path)).items()}
+    wanted = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    for name in wanted.keys() | found.keys():
+        if wanted.get(name) != found.get(name):
+            raise CheckpointError(
+                "names",
+                f"{path}: names: {name!a} is {_words(found.get(name))} there, {_words(wanted.get(name))} in the model",
+            )
+    with safe_open(path, framework="pt") as file_, torch.no_grad():
+        for name, tensor in tensors.items():
+            tensor.copy_(file_.get_tensor(name))
+    return model
+
+
+def export(checkpoint: Checkpoint, path: Path, dtype: torch.dtype | None = None) -> None:
+    """Write the model of a checkpoint as one safetensors file with plain names; floats as ``dtype``, if given."""
+    tensors = {
+        name: torch.empty(shape, dtype=kind) for name, (shape, kind) in whole_shapes(checkpoint, "model").items()
+    }
+    load(checkpoint, "model", tensors)
+    if dtype is not None:
+        tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
+    save_tensors(path, tensors)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file that is whole or not there, readable as the umask says."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    draft = path.with_name(path.name + ".draft")
+    try:
+        save_file(dict(tensors), draft, metadata={"format": "pt"})
+    except SafetensorError as error:  # as safetensors calls a full disk
+        draft.unlink(missing_ok=True)
+        raise OSError(f"cannot write {path}: {error}") from None
+    umask = os.umask(0)
+    os.umask(umask)
+    draft.chmod(0o666 & ~umask)  # safetensors leaves 0600
+    draft.replace(path)
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Return the module's parameters and buffers by name; what is shared under two names once."""
+    seen: set[int] = set()
+    tensors = {}
+    for name, tensor in module.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            tensors[name] = tensor
+    return tensors
+
+
+def _words(found: tuple[tuple[int, ...], torch.dtype] | None) -> str:
+    return "missing" if found is None else f"{found[1]} {list(found[0])}"

@@ -1,0 +1,295 @@
+"""What the files of a checkpoint look like: names, strict JSON, the manifest, the header of a safetensors file.
+
+Everything that is read here may come from a stranger: sizes are capped before anything is read or allocated,
+and what is not exactly as specified in docs/checkpoints.md raises CheckpointError.
+"""
+
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import isfinite, prod
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+import torch
+
+from scaletrain.errors import CheckpointError
+
+FORMAT, VERSION = "scaletrain-checkpoint", 1
+MANIFEST, STATE = "manifest.json", "state.json"
+FOLDER = "checkpoints"
+"""The folder of a run that holds its checkpoints."""
+JSON_BYTES = 16 << 20
+"""Most bytes of state.json and of the header of a safetensors file."""
+MANIFEST_BYTES = 64 << 20
+JSON_DEPTH = 32
+FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+STEP_FOLDER = re.compile(r"step-(\d{9,18})")
+SHA256 = re.compile(r"[0-9a-f]{64}")
+SHARDING = "DCP_SHARDING_INFO"
+"""Where torch.distributed.checkpoint keeps the offsets of a piece in a safetensors header."""
+OFFSETS = "saved_offsets"
+SPARSE_BYTES = 64 << 20
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+NAME_OF = {dtype: name for name, dtype in DTYPES.items()}
+
+
+class Listed(NamedTuple):
+    """What the manifest says of a file."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The last file written: what a checkpoint consists of."""
+
+    step: int
+    world_size: int
+    files: Mapping[str, Listed]
+
+    def to_json(self) -> bytes:
+        """Return the manifest as it is written."""
+        files = {name: {"size": size, "sha256": sha256} for name, (size, sha256) in sorted(self.files.items())}
+        content = {"format": FORMAT, "version": VERSION, "step": self.step, "world_size": self.world_size}
+        return dump({**content, "files": files})
+
+
+class Piece(NamedTuple):
+    """A tensor, or one rank's part of it, as the header of a file describes it."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    offsets: tuple[int, ...]
+    """Where the piece begins in the whole tensor."""
+    start: int
+    """First byte, counted from the start of the file."""
+    end: int
+
+
+def step_folder(step: int) -> str:
+    """Return the name of the checkpoint of ``step``."""
+    return f"step-{step:09d}"
+
+
+def dump(content: Any) -> bytes:
+    """Write JSON that ``parse_json`` accepts; NaN and infinities raise ValueError."""
+    return json.dumps(content, indent=1, allow_nan=False).encode() + b"\n"
+
+
+def parse_json(data: bytes, what: str) -> Any:
+    """Read JSON strictly: UTF-8, no repeated keys, finite numbers, no integer beyond 64 bits, no deep nesting."""
+
+    def refuse(why: str) -> NoReturn:
+        raise CheckpointError("json", f"{what}: json: {why}")
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        content = dict(pairs)
+        if len(content) != len(pairs):
+            refuse("a key occurs twice")
+        return content
+
+    def integer(digits: str) -> int:
+        if len(digits) > 20 or not -(2**63) <= int(digits) < 2**63:
+            refuse(f"the integer {digits[:24]} has more than 64 bits")
+        return int(digits)
+
+    def number(text: str) -> float:
+        if not isfinite(float(text)):
+            refuse(f"the number {text[:24]} is not finite")
+        return float(text)
+
+    try:
+        text = data.decode("utf-8")
+        if _depth(text) > JSON_DEPTH:
+            refuse(f"nested deeper than {JSON_DEPTH}")
+        content = json.loads(
+            text, object_pairs_hook=unique, parse_int=integer, parse_float=number, parse_constant=refuse
+        )
+        json.dumps(content, ensure_ascii=False).encode()  # a lone surrogate in a text is no text
+    except (ValueError, RecursionError) as error:
+        refuse(ascii(str(error))[1:-1])
+    return content
+
+
+def parse_manifest(data: bytes, what: str) -> Manifest:
+    """Read a manifest; raise CheckpointError unless it is one of this format and version."""
+
+    def need(condition: bool, why: str) -> None:
+        if not condition:
+            raise CheckpointError("manifest", f"{what}: manifest: {why}")
+
+    content = parse_json(data, what)
+    need(isinstance(content, dict) and content.get("format") == FORMAT, f"not a manifest of {FORMAT}")
+    need(_is(content.get("version"), int), "version is missing")
+    if content["version"] != VERSION:
+        raise CheckpointError(
+            "version", f"{what}: version: {content['version']} is unknown; this scaletrain reads {VERSION}"
+        )
+    need(content.keys() == {"format", "version", "step", "world_size", "files"}, f"unexpected keys {sorted(content)}")
+    need(_is(content["step"], int) and 0 <= content["step"] < 10**18, "step is no count")
+    need(_is(content["world_size"], int) and 1 <= content["world_size"] < 2**31, "world_size is no count")
+    need(isinstance(content["files"], dict), "files is no object")
+    files = {}
+    for name, entry in content["files"].items():
+        shown = ascii(name)[:140]
+        if not FILE_NAME.fullmatch(name) or name == MANIFEST:
+            raise CheckpointError("name", f"{what}: name: {shown} is not allowed as a file's name")
+        need(isinstance(entry, dict) and entry.keys() == {"size", "sha256"}, f"{shown} needs size and sha256 alone")
+        need(_is(entry["size"], int) and 0 <= entry["size"] < 2**63, f"the size of {shown} is no count")
+        need(_is(entry["sha256"], str) and bool(SHA256.fullmatch(entry["sha256"])), f"the sha256 of {shown} is none")
+        files[name] = Listed(entry["size"], entry["sha256"])
+    need(len({name.casefold() for name in files}) == len(files), "two names differ in case alone")
+    need(STATE in files, f"{STATE} is missing")
+    return Manifest(content["step"], content["world_size"], files)
+
+
+@contextmanager
+def folder_descriptor(path: Path) -> Iterator[int]:
+    """Open a folder itself, never what a link points to."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError as error:
+        raise CheckpointError("folder", f"{path}: folder: {error.strerror}; a plain folder is expected") from None
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def regular_file(folder: int, name: str, what: str) -> Iterator[tuple[int, int]]:
+    """Open a regular file in the folder ``folder`` (a descriptor); yield its descriptor and size.
+
+    Links are not followed, and a FIFO or device is refused without waiting for it.
+    """
+    try:
+        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
+    except OSError as error:
+        rule = "missing" if isinstance(error, FileNotFoundError) else "file"
+        raise CheckpointError(rule, f"{what}: {rule}: {error.strerror}") from None
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise CheckpointError("file", f"{what}: file: not a regular file")
+        if found.st_size > SPARSE_BYTES and found.st_blocks * 512 * 8 < found.st_size:
+            raise CheckpointError("sparse", f"{what}: sparse: {found.st_size:,} bytes, of which hardly any are stored")
+        yield descriptor, found.st_size
+    finally:
+        os.close(descriptor)
+
+
+def read_small(folder: int, name: str, what: str, limit: int) -> bytes:
+    """Read a file of at most ``limit`` bytes."""
+    with regular_file(folder, name, what) as (descriptor, size):
+        if size > limit:
+            raise CheckpointError("size", f"{what}: size: {size:,} bytes, at most {limit:,} are read")
+        return _read_exactly(descriptor, size, what)
+
+
+def read_header(descriptor: int, size: int, what: str) -> dict[str, Piece]:
+    """Read and check the header of a safetensors file of ``size`` bytes; return its pieces by name.
+
+    Stricter than safetensors itself, which accepts repeated names, a leading space, unknown fields and holes
+    in what the names mean.
+    """
+
+    def need(condition: bool, why: str) -> None:
+        if not condition:
+            raise CheckpointError("header", f"{what}: header: {why}")
+
+    need(size >= 8, "shorter than 8 bytes")
+    length = int.from_bytes(_read_exactly(descriptor, 8, what), "little")
+    need(2 <= length <= min(size - 8, JSON_BYTES), f"a header of {length:,} bytes in a file of {size:,}")
+    data = _read_exactly(descriptor, length, what)
+    need(data[:1] == b"{", "does not begin with {")
+    content = parse_json(data, what)
+    metadata = content.pop("__metadata__", {})
+    need(
+        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values()), "metadata is no text"
+    )
+    offsets = parse_json(metadata[SHARDING].encode(), what) if SHARDING in metadata else None
+    need(offsets is None or (isinstance(offsets, dict) and offsets.keys() == content.keys()), "offsets and tensors")
+    pieces, expected = {}, 8 + length
+    for name, entry in content.items():
+        shown = ascii(name)[:140]
+        need(isinstance(entry, dict) and entry.keys() == {"dtype", "shape", "data_offsets"}, f"fields of {shown}")
+        need(isinstance(entry["dtype"], str) and entry["dtype"] in DTYPES, f"the dtype of {shown}")
+        dtype, shape, span = DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        need(_counts(shape) and len(shape) <= 64, f"the shape of {shown}")
+        need(_counts(span) and len(span) == 2, f"the bytes of {shown}")
+        start, end = span[0] + 8 + length, span[1] + 8 + length
+        need(start == expected, f"{shown} leaves a hole or overlaps")
+        need(end - start == prod(shape) * dtype.itemsize, f"the bytes of {shown} do not fit its shape")
+        at = [0] * len(shape)
+        if offsets is not None:
+            place = offsets[name]
+            need(isinstance(place, dict) and place.keys() == {OFFSETS}, f"the place of {shown}")
+            at = place[OFFSETS]
+            need(_counts(at) and len(at) == len(shape), f"the place of {shown}")
+        pieces[name] = Piece(dtype, tuple(shape), tuple(at), start, end)
+        expected = end
+    need(expected == size, "bytes are missing or left over")
+    return pieces
+
+
+def make_header(pieces: Mapping[str, tuple[torch.dtype, tuple[int, ...], tuple[int, ...]]]) -> bytes:
+    """Return the header for pieces (dtype, shape, offsets) that follow one another in this order."""
+    offsets = {name: {OFFSETS: list(at)} for name, (_, _, at) in pieces.items()}
+    content: dict[str, Any] = {"__metadata__": {"format": "pt", SHARDING: json.dumps(offsets)}}
+    end = 0
+    for name, (dtype, shape, _) in pieces.items():
+        start, end = end, end + prod(shape) * dtype.itemsize
+        content[name] = {"dtype": NAME_OF[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(content, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors are aligned to 8 bytes
+    return len(text).to_bytes(8, "little") + text
+
+
+def _read_exactly(descriptor: int, length: int, what: str) -> bytes:
+    parts, missing = [], length
+    while missing:
+        part = os.read(descriptor, min(missing, 1 << 20))
+        if not part:
+            raise CheckpointError("size", f"{what}: size: ends {missing:,} bytes early")
+        parts.append(part)
+        missing -= len(part)
+    return b"".join(parts)
+
+
+def _depth(text: str) -> int:
+    """Return how deep brackets are nested, without a parser that could run out of stack."""
+    depth = deepest = 0
+    for bracket in re.findall(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', text):
+        if bracket in "[{":
+            depth += 1
+            deepest = max(deepest, depth)
+        elif bracket in "]}":
+            depth -= 1
+    return deepest
+
+
+def _is(value: Any, kind: type) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _counts(value: Any) -> bool:
+    return isinstance(value, list) and all(_is(v, int) and v >= 0 for v in value)

@@ -1,0 +1,120 @@
+"""From the files of a checkpoint back into tensors, however many ranks wrote them and read them."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from scaletrain.checkpoint.format import Piece
+from scaletrain.checkpoint.tensors import is_sharded
+from scaletrain.checkpoint.verify import Checkpoint
+from scaletrain.errors import CheckpointError
+
+
+def load(checkpoint: Checkpoint, part: str, tensors: Mapping[str, Tensor]) -> None:
+    """Read ``part`` into ``tensors``, in place; sharded ones (DTensor) get their share.
+
+    What is expected comes from ``tensors``: raises CheckpointError unless names, shapes and dtypes are theirs.
+    """
+    check_tensors(checkpoint, part, {name: (tuple(t.shape), t.dtype) for name, t in tensors.items()})
+    whole = all(
+        piece.shape == tuple(tensors[n].shape) for ps in checkpoint.part(part).values() for n, piece in ps.items()
+    )
+    with torch.no_grad():
+        if whole and not any(map(is_sharded, tensors.values())):
+            _copy(checkpoint, part, tensors)
+        else:
+            _reshard(checkpoint, part, tensors)
+
+
+def _copy(checkpoint: Checkpoint, part: str, tensors: Mapping[str, Tensor]) -> None:
+    """Read tensors that were written whole and are wanted whole."""
+    for file, pieces in checkpoint.part(part).items():
+        with safe_open(checkpoint.path / file, framework="pt") as content:
+            for name in pieces:
+                tensors[name].detach().copy_(content.get_tensor(name))
+
+
+def _reshard(checkpoint: Checkpoint, part: str, tensors: Mapping[str, Tensor]) -> None:
+    """Let torch.distributed.checkpoint put together what each rank needs from the pieces that others wrote."""
+    from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+    from torch.distributed.checkpoint.filesystem import FileSystem
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
+    class Only(FileSystem):
+        """Shows the reader the verified files of this part alone."""
+
+        def ls(self, path: str | os.PathLike[str]) -> list[str]:
+            return [str(Path(path) / name) for name in checkpoint.part(part)]
+
+    reader = HuggingFaceStorageReader(str(checkpoint.path))
+    reader.fs = Only()
+    planner = DefaultLoadPlanner(flatten_state_dict=False, flatten_sharded_tensors=False)
+    metadata = reader.read_metadata()
+    planner.set_up_planner(dict(tensors), metadata, is_coordinator=False)
+    reader.set_up_storage_reader(metadata, is_coordinator=False)
+    plan = planner.finish_plan(reader.prepare_local_plan(planner.create_local_plan()))
+    reader.read_data(plan, planner).wait()
+
+
+def whole_shapes(checkpoint: Checkpoint, part: str) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Return shape and dtype of each tensor of ``part``, as its pieces have it."""
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {}
+    for pieces in checkpoint.part(part).values():
+        for name, piece in pieces.items():
+            end = tuple(at + n for at, n in zip(piece.offsets, piece.shape, strict=True))
+            before = shapes.get(name, (end, piece.dtype))[0]
+            shapes[name] = (tuple(map(max, before, end)), piece.dtype)
+    return shapes
+
+
+def check_tensors(
+    checkpoint: Checkpoint, part: str, expected: Mapping[str, tuple[tuple[int, ...], torch.dtype]]
+) -> None:
+    """Raise CheckpointError unless the pieces of ``part`` make up exactly the ``expected`` tensors."""
+    found: dict[str, list[Piece]] = {}
+    for pieces in checkpoint.part(part).values():
+        for name, piece in pieces.items():
+            found.setdefault(name, []).append(piece)
+    where = f"{checkpoint.path}: "
+    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or unknown:
+        words = [f"{len(missing)} missing, as {missing[0]!a}"] if missing else []
+        words += [f"{len(unknown)} unknown, as {ascii(unknown[0])[:140]}"] if unknown else []
+        raise CheckpointError("names", f"{where}names: the {part} tensors are not this run's: {', '.join(words)}")
+    for name, (shape, dtype) in expected.items():
+        for piece in found[name]:
+            if piece.dtype != dtype:
+                raise CheckpointError(
+                    "dtype", f"{where}dtype: {part} '{name}' is {piece.dtype} there and {dtype} in this run"
+                )
+            if len(piece.shape) != len(shape):
+                raise CheckpointError(
+                    "shape", f"{where}shape: {part} '{name}' is {piece.shape} there and {shape} in this run"
+                )
+        if not _covers(found[name], shape):
+            there = whole_shapes(checkpoint, part)[name][0]
+            raise CheckpointError("shape", f"{where}shape: {part} '{name}' is {there} there and {shape} in this run")
+
+
+def _covers(pieces: list[Piece], shape: tuple[int, ...]) -> bool:
+    """Whether the pieces fill ``shape`` exactly, each element once."""
+    boxes = [[(at, at + n) for at, n in zip(p.offsets, p.shape, strict=True)] for p in pieces]
+    inside = all(end <= n for box in boxes for (_, end), n in zip(box, shape, strict=True))
+    filled = sum(_volume(box) for box in boxes) == _volume([(0, n) for n in shape])
+    apart = all(
+        any(a[1] <= b[0] or b[1] <= a[0] for a, b in zip(first, second, strict=True))
+        for i, first in enumerate(boxes)
+        for second in boxes[i + 1 :]
+    )
+    return inside and filled and apart
+
+
+def _volume(box: list[tuple[int, int]]) -> int:
+    volume = 1
+    for start, end in box:
+        volume *= end - start
+    return volume
