@@ -9,10 +9,10 @@ BIN := .venv/bin
 TESTS := OMP_WAIT_POLICY=PASSIVE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-min lint check bench clean
+.PHONY: help setup train test test-faults test-min lint check bench clean
 
 help: ## print this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 setup: .venv/.installed ## make .venv with the pinned versions
 
@@ -27,6 +27,11 @@ train: .venv/.installed ## train a recipe: make train RECIPE=mlp ARGS="--lr 3e-3
 
 test: .venv/.installed ## run the tests (under 10 minutes on two cores)
 	@$(TESTS) $(BIN)/python -m pytest $(ARGS)
+
+test-faults: .venv/.installed ## all of the fault matrix: kills, full disks, hostile files (under an hour)
+	@rm -f .faults.jsonl
+	@$(TESTS) SCALETRAIN_FAULTS=all SCALETRAIN_FAULTS_REPORT=$(CURDIR)/.faults.jsonl $(BIN)/python -m pytest tests/test_faults_*.py $(ARGS)
+	@$(BIN)/python -m benchmarks.faults .faults.jsonl --out benchmarks/results/faults.md
 
 test-min: .venv-min/.installed ## run the tests with the oldest versions that pyproject.toml admits
 	@$(TESTS) .venv-min/bin/python -m pytest $(ARGS)

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from scaletrain.build import start as start
+    from scaletrain.checkpoint.export import load_weights as load_weights
     from scaletrain.config import Config as Config
     from scaletrain.config import parse as parse
     from scaletrain.entry import main as main
+    from scaletrain.errors import CheckpointError as CheckpointError
     from scaletrain.errors import InputError as InputError
     from scaletrain.loop import forward_backward as forward_backward
     from scaletrain.loop import steps as steps
@@ -33,8 +35,9 @@ if TYPE_CHECKING:
     from scaletrain.sources import load as load
 
 _HOME = {
+    "checkpoint.export": ("load_weights",),
     "config": ("Config", "parse"),
-    "errors": ("InputError",),
+    "errors": ("CheckpointError", "InputError"),
     "loop": ("forward_backward", "steps", "train", "train_step", "validate"),
     "entry": ("main",),
     "optimizers": ("parameter_groups",),

@@ -27,7 +27,7 @@ from scaletrain.folder import short, write_json
 from scaletrain.loop import train
 from scaletrain.recipe import Recipe
 from scaletrain.run import Result, Run, Step
-from scaletrain.signals import Signals, noting
+from scaletrain.signals import noting
 
 OTHERS_SECONDS = 2
 """A rank that fails alone waits so long for rank 0 to speak before it speaks itself."""
@@ -46,41 +46,57 @@ def main(
     ends with a code of ``scaletrain.errors``: after one line for what the user can mend, after a traceback for
     what is a bug.
     """
-    with noting(alone="LOCAL_RANK" not in os.environ) as signals:
-        return _main(recipe, argv, step, loop, signals)
-
-
-def _main(
-    recipe: Recipe, argv: Sequence[str] | None, step: Step | None, loop: Callable[[Run], None], signals: Signals
-) -> Result:
     run: Run | None = None
-    try:
-        cfg = parse(recipe.config, argv, description=_about(recipe))
-        run = start(recipe, cfg, source=_script() if argv is None else None, step=step, signals=signals)
-        loop(run)
-        return run.finish()
-    except Finished as done:
-        if is_first_process():
-            print(done)
-        return earlier_result(done.folder)
-    except Preempted as told:
-        _end(run, told.code, _saved(run, told.code))
-    except InputError as error:
-        _end(run, INPUT, f"error: {error}")
-    except CheckpointError as error:
-        _end(run, CHECKPOINT, f"error: {error}")
-    except FloatingPointError as error:
-        _end(run, FAILED, f"error: {error}")
-    except KeyboardInterrupt:
-        _end(run, INTERRUPTED, "interrupted")
-    except SystemExit as ended:
-        if run is not None and ended.code in (0, None):  # the other ranks would wait for this one
-            _record(run, RANK_ENDED_EARLY, f"rank {run.devices.rank} called exit before the end of training")
-            _leave(RANK_ENDED_EARLY)
-        raise
-    except BaseException as error:
-        _record(run, FAILED, f"{type(error).__name__}: {error}")
-        raise
+    with noting(alone="LOCAL_RANK" not in os.environ) as signals:
+        try:
+            cfg = parse(recipe.config, argv, description=_about(recipe))
+            run = start(recipe, cfg, source=_script() if argv is None else None, step=step, signals=signals)
+            loop(run)
+            return run.finish()
+        except Finished as done:
+            if is_first_process():
+                print(done)
+            return earlier_result(done.folder)
+        except Preempted as told:
+            _end(run, told.code, _saved(run, told.code))
+        except InputError as error:
+            _end(run, INPUT, f"error: {error}")
+        except CheckpointError as error:
+            _end(run, CHECKPOINT, f"error: {error}")
+        except FloatingPointError as error:
+            _end(run, FAILED, f"error: {error}")
+        except KeyboardInterrupt:
+            _end(run, INTERRUPTED, "interrupted")
+        except SystemExit as ended:
+            if run is not None and ended.code in (0, None):  # the other ranks would wait for this one
+                _record(run, RANK_ENDED_EARLY, f"rank {run.devices.rank} called exit before the end of training")
+                _leave(RANK_ENDED_EARLY)
+            raise
+        except BaseException as error:
+            if run is not None and _is_about_others(error):
+                _end_alone(run, error)
+            _record(run, FAILED, f"{type(error).__name__}: {error}")
+            raise
+
+
+def _is_about_others(error: BaseException) -> bool:
+    """Whether an exchange failed because another process is no longer there."""
+    broken = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "NCCL", "Gloo")
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and any(word in str(error) for word in broken)
+    )
+
+
+def _end_alone(run: Run, error: BaseException) -> NoReturn:
+    """Say which rank is missed, and leave: what failed here is only a consequence."""
+    deadline = time.monotonic() + OTHERS_SECONDS
+    while not (gone := run.devices.gone()) and time.monotonic() < deadline:  # it may still be ending
+        time.sleep(0.05)
+    who = f"rank {', '.join(map(str, gone))} ended early" if gone else f"lost contact with another rank ({error})"
+    reason = f"{who}, in or after step {run.state.step}; see what it said; the checkpoints are untouched"
+    _record(run, RANK_ENDED_EARLY, reason)
+    print(f"error: rank {run.devices.rank}: {reason}", file=sys.stderr, flush=True)
+    _leave(RANK_ENDED_EARLY)
 
 
 def _saved(run: Run | None, code: int) -> str:

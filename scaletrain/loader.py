@@ -14,7 +14,7 @@ from scaletrain.devices import copies_without_waiting
 from scaletrain.errors import InputError
 from scaletrain.order import Indices, Share, micro_batch_count, seed_for, split
 from scaletrain.recipe import Batch, Columns
-from scaletrain.signals import ignore
+from scaletrain.signals import obey_parent_alone
 
 T = TypeVar("T")
 Request = tuple[Indices, Indices]
@@ -242,8 +242,7 @@ def _narrow(batch: Batch) -> Batch:
 
 
 def _leave_signals_to_training(worker: int) -> None:
-    """A SIGTERM to all processes must not take the workers before the step is finished and saved."""
-    ignore()
+    obey_parent_alone()
 
 
 def _as_is(batch: T) -> T:

@@ -4,6 +4,7 @@ A handler only notes it; the step is finished, and all processes act together (s
 deadlock in whatever the signal interrupted).
 """
 
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -51,8 +52,20 @@ def noting(alone: bool) -> Iterator[Signals]:
             signal.signal(number, handler)
 
 
-def ignore() -> None:
-    """Leave signals to the process that trains: in its workers, which end when it does."""
-    for name in (*LEAVE, SAVE):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
+def obey_parent_alone() -> None:
+    """Leave signals to the process that trains: in its workers, which end when it says so.
+
+    A scheduler sends SIGTERM to every process; a worker that ended by it would take the step with it that is to
+    be finished and saved.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_parent_says_so, daemon=True).start()
+
+
+def _end_when_parent_says_so() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        continue
+    os._exit(0)

@@ -6,6 +6,7 @@ it committed. This is the order that leaves no bad state when a crash may lose o
 
 import contextlib
 import json
+import os
 import secrets
 import stat
 from collections.abc import Callable, Iterable
@@ -15,7 +16,7 @@ import torch.distributed as dist
 
 from scaletrain.agreement import gather_texts
 from scaletrain.checkpoint.files import Files
-from scaletrain.checkpoint.format import MANIFEST, STATE, Listed, Manifest, step_folder
+from scaletrain.checkpoint.format import MANIFEST, STATE, Listed, Manifest, folder_descriptor, step_folder
 from scaletrain.checkpoint.retain import Keep, discard, prune
 from scaletrain.checkpoint.tensors import Snapshot, write_file, write_shares
 from scaletrain.errors import CheckpointError
@@ -32,6 +33,7 @@ class Commit:
         self.folder, self._group, self._files, self._keep = folder, group, files, keep
         self._rank = 0 if group is None else dist.get_rank(group)
         self._world_size = 1 if group is None else dist.get_world_size(group)
+        self._anchored = False
 
     def __call__(self, step: int, snapshot: Snapshot, state: bytes, beside: Iterable[Path], best_step: int) -> None:
         """Write the checkpoint of ``step``: the tensors of ``snapshot`` and ``state``, the content of state.json.
@@ -52,9 +54,8 @@ class Commit:
         self._agreed(lambda: prune(self._files, self.folder, self._keep, best_step) if self._rank == 0 else "")
 
     def _prepare(self, step: int, snapshot: Snapshot) -> Path:
-        if not self.folder.is_dir():
-            self._files.mkdir(self.folder)
-            self._files.fsync_folder(self.folder.parent)
+        if not (self._anchored and self.folder.is_dir()):
+            self._anchor()
         needed, free = snapshot.total_bytes + SPARE_BYTES, self._files.free_bytes(self.folder)
         if needed > free:
             raise CheckpointError(
@@ -64,6 +65,22 @@ class Commit:
         temporary = self.folder / f".tmp-{step_folder(step)}-{secrets.token_hex(4)}"
         self._files.mkdir(temporary)
         return temporary
+
+    def _anchor(self) -> None:
+        """Make the folder if need be, and sync its name and those on the way to it.
+
+        Once per process: one that was killed may have made them and not come to syncing them.
+        """
+        if not self.folder.is_symlink() and not self.folder.exists():
+            self._files.mkdir(self.folder)
+        with folder_descriptor(self.folder):  # what could not be read later is not written
+            pass
+        run = self.folder.parent.resolve()  # may be a link to another disk
+        for above in (run, *run.parents):
+            if above.stat().st_dev != run.stat().st_dev or not os.access(above, os.R_OK):
+                break  # no folder of this run's making
+            self._files.fsync_folder(above)
+        self._anchored = True
 
     def _write(self, folder: Path, snapshot: Snapshot, state: bytes, beside: Iterable[Path]) -> str:
         """Write and sync this rank's files; return what the manifest says of them, and what replicas hold."""
@@ -115,6 +132,9 @@ class Commit:
         except OSError as failure:
             why = f"{failure.filename or self.folder}: disk: {failure.strerror or failure} (on rank {self._rank})"
             error = ["disk", f"{why}; {UNTOUCHED}"]
+        except Exception as failure:  # whatever it is, the other ranks wait for an answer
+            why = f"{self.folder}: saving: {type(failure).__name__}: {failure} (on rank {self._rank})"
+            error = ["saving", f"{why}; {UNTOUCHED}"]
         answers = [json.loads(text) for text in gather_texts(json.dumps([*error, said]), self._group)]
         for rule, message, _ in answers:
             if rule:

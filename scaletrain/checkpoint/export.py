@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from scaletrain.checkpoint.format import folder_descriptor, read_header, regular_file
-from scaletrain.checkpoint.load import load, whole_shapes
+from scaletrain.checkpoint.load import check_bools, load, load_new
 from scaletrain.checkpoint.verify import Checkpoint, checkpoint_at, open_checkpoint, verify
 from scaletrain.errors import CheckpointError
 
@@ -24,23 +24,28 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     """
     path = Path(path)
     tensors = named_tensors(model)
-    if (path / WEIGHTS).exists():
+    if os.path.lexists(path / WEIGHTS):  # a link in a folder is not followed, unlike one that the caller names
         path = path / WEIGHTS
-    if path.is_dir():
+    elif path.is_dir():
         checkpoint = open_checkpoint(checkpoint_at(path))
         verify(checkpoint)
         load(checkpoint, "model", tensors)
         return model
+    else:
+        path = Path(os.path.realpath(path))
     from safetensors import safe_open
 
-    with folder_descriptor(path.resolve().parent) as folder, regular_file(folder, path.name, str(path)) as (file, size):
-        found = {name: (piece.shape, piece.dtype) for name, piece in read_header(file, size, str(path)).items()}
+    with folder_descriptor(path.parent.resolve()) as folder, regular_file(folder, path.name, str(path)) as (file, size):
+        pieces = read_header(file, size, str(path))
+    check_bools(path.parent.resolve(), {path.name: pieces})
+    found = {name: (piece.shape, piece.dtype) for name, piece in pieces.items()}
     wanted = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     for name in wanted.keys() | found.keys():
         if wanted.get(name) != found.get(name):
             raise CheckpointError(
                 "names",
-                f"{path}: names: {name!a} is {_words(found.get(name))} there, {_words(wanted.get(name))} in the model",
+                f"{path}: names: {ascii(name)[:140]} is {_words(found.get(name))} there, "
+                f"{_words(wanted.get(name))} in the model",
             )
     with safe_open(path, framework="pt") as file_, torch.no_grad():
         for name, tensor in tensors.items():
@@ -50,10 +55,7 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
 
 def export(checkpoint: Checkpoint, path: Path, dtype: torch.dtype | None = None) -> None:
     """Write the model of a checkpoint as one safetensors file with plain names; floats as ``dtype``, if given."""
-    tensors = {
-        name: torch.empty(shape, dtype=kind) for name, (shape, kind) in whole_shapes(checkpoint, "model").items()
-    }
-    load(checkpoint, "model", tensors)
+    tensors = load_new(checkpoint, "model")
     if dtype is not None:
         tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
     save_tensors(path, tensors)

@@ -24,11 +24,13 @@ MANIFEST, STATE = "manifest.json", "state.json"
 FOLDER = "checkpoints"
 """The folder of a run that holds its checkpoints."""
 JSON_BYTES = 16 << 20
-"""Most bytes of state.json and of the header of a safetensors file."""
-MANIFEST_BYTES = 64 << 20
+"""Most bytes of the manifest, of state.json and of the header of a safetensors file."""
+JSON_VALUES = 500_000
+"""Most commas and opening brackets in one of them: each may cost a reader 250 bytes and 4 us."""
 JSON_DEPTH = 32
-FILE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-STEP_FOLDER = re.compile(r"step-(\d{9,18})")
+TENSOR_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._]{0,99}-[0-9]{5,10}\.safetensors")
+"""Names of files of tensors: the part, and the rank that wrote it."""
+STEP_FOLDER = re.compile(r"step-([0-9]{9}|[1-9][0-9]{9,17})")
 SHA256 = re.compile(r"[0-9a-f]{64}")
 SHARDING = "DCP_SHARDING_INFO"
 """Where torch.distributed.checkpoint keeps the offsets of a piece in a safetensors header."""
@@ -91,8 +93,10 @@ def step_folder(step: int) -> str:
 
 
 def dump(content: Any) -> bytes:
-    """Write JSON that ``parse_json`` accepts; NaN and infinities raise ValueError."""
-    return json.dumps(content, indent=1, allow_nan=False).encode() + b"\n"
+    """Write JSON that ``parse_json`` accepts: raises ValueError for NaN, CheckpointError for what is too much."""
+    text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
+    data = text.encode("utf-8", "replace") + b"\n"  # the bytes of an odd path are no text
+    return _readable(data, "what is saved beside the tensors")
 
 
 def parse_json(data: bytes, what: str) -> Any:
@@ -117,15 +121,20 @@ def parse_json(data: bytes, what: str) -> Any:
             refuse(f"the number {text[:24]} is not finite")
         return float(text)
 
+    if sum(map(data.count, (b",", b"[", b"{"))) > JSON_VALUES:
+        refuse(f"more than {JSON_VALUES:,} values")
     try:
-        text = data.decode("utf-8")
-        if _depth(text) > JSON_DEPTH:
-            refuse(f"nested deeper than {JSON_DEPTH}")
         content = json.loads(
-            text, object_pairs_hook=unique, parse_int=integer, parse_float=number, parse_constant=refuse
+            data.decode("utf-8"),
+            object_pairs_hook=unique,
+            parse_int=integer,
+            parse_float=number,
+            parse_constant=lambda name: refuse(f"{name} is no number"),
         )
-        json.dumps(content, ensure_ascii=False).encode()  # a lone surrogate in a text is no text
-    except (ValueError, RecursionError) as error:
+        _look_inside(content)
+    except RecursionError:
+        refuse(f"nested deeper than {JSON_DEPTH}")
+    except ValueError as error:
         refuse(ascii(str(error))[1:-1])
     return content
 
@@ -144,15 +153,16 @@ def parse_manifest(data: bytes, what: str) -> Manifest:
         raise CheckpointError(
             "version", f"{what}: version: {content['version']} is unknown; this scaletrain reads {VERSION}"
         )
-    need(content.keys() == {"format", "version", "step", "world_size", "files"}, f"unexpected keys {sorted(content)}")
+    known = {"format", "version", "step", "world_size", "files"}
+    need(content.keys() == known, f"unexpected or missing keys {sorted(content.keys() ^ known)!a:.200}")
     need(_is(content["step"], int) and 0 <= content["step"] < 10**18, "step is no count")
     need(_is(content["world_size"], int) and 1 <= content["world_size"] < 2**31, "world_size is no count")
     need(isinstance(content["files"], dict), "files is no object")
     files = {}
     for name, entry in content["files"].items():
         shown = ascii(name)[:140]
-        if not FILE_NAME.fullmatch(name) or name == MANIFEST:
-            raise CheckpointError("name", f"{what}: name: {shown} is not allowed as a file's name")
+        if name != STATE and not TENSOR_FILE.fullmatch(name):
+            raise CheckpointError("name", f"{what}: name: {shown} is neither {STATE} nor as model-00000.safetensors")
         need(isinstance(entry, dict) and entry.keys() == {"size", "sha256"}, f"{shown} needs size and sha256 alone")
         need(_is(entry["size"], int) and 0 <= entry["size"] < 2**63, f"the size of {shown} is no count")
         need(_is(entry["sha256"], str) and bool(SHA256.fullmatch(entry["sha256"])), f"the sha256 of {shown} is none")
@@ -167,12 +177,12 @@ def folder_descriptor(path: Path) -> Iterator[int]:
     """Open a folder itself, never what a link points to."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
     except OSError as error:
         raise CheckpointError("folder", f"{path}: folder: {error.strerror}; a plain folder is expected") from None
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
@@ -183,25 +193,20 @@ def regular_file(folder: int, name: str, what: str) -> Iterator[tuple[int, int]]
     """
     try:
         descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
-    except OSError as error:
+        try:
+            yield descriptor, _regular_size(descriptor, what)
+        finally:
+            os.close(descriptor)
+    except OSError as error:  # of opening and of reading
         rule = "missing" if isinstance(error, FileNotFoundError) else "file"
         raise CheckpointError(rule, f"{what}: {rule}: {error.strerror}") from None
-    try:
-        found = os.fstat(descriptor)
-        if not stat.S_ISREG(found.st_mode):
-            raise CheckpointError("file", f"{what}: file: not a regular file")
-        if found.st_size > SPARSE_BYTES and found.st_blocks * 512 * 8 < found.st_size:
-            raise CheckpointError("sparse", f"{what}: sparse: {found.st_size:,} bytes, of which hardly any are stored")
-        yield descriptor, found.st_size
-    finally:
-        os.close(descriptor)
 
 
-def read_small(folder: int, name: str, what: str, limit: int) -> bytes:
-    """Read a file of at most ``limit`` bytes."""
+def read_small(folder: int, name: str, what: str) -> bytes:
+    """Read a file of JSON, of at most ``JSON_BYTES``."""
     with regular_file(folder, name, what) as (descriptor, size):
-        if size > limit:
-            raise CheckpointError("size", f"{what}: size: {size:,} bytes, at most {limit:,} are read")
+        if size > JSON_BYTES:
+            raise CheckpointError("size", f"{what}: size: {size:,} bytes of JSON, at most {JSON_BYTES:,} are read")
         return _read_exactly(descriptor, size, what)
 
 
@@ -238,6 +243,7 @@ def read_header(descriptor: int, size: int, what: str) -> dict[str, Piece]:
         need(_counts(span) and len(span) == 2, f"the bytes of {shown}")
         start, end = span[0] + 8 + length, span[1] + 8 + length
         need(start == expected, f"{shown} leaves a hole or overlaps")
+        need(prod(max(n, 1) for n in shape) < 2**48, f"the shape of {shown}")
         need(end - start == prod(shape) * dtype.itemsize, f"the bytes of {shown} do not fit its shape")
         at = [0] * len(shape)
         if offsets is not None:
@@ -260,8 +266,25 @@ def make_header(pieces: Mapping[str, tuple[torch.dtype, tuple[int, ...], tuple[i
         start, end = end, end + prod(shape) * dtype.itemsize
         content[name] = {"dtype": NAME_OF[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(content, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # tensors are aligned to 8 bytes
+    text = _readable(text, "the header of a file of tensors") + b" " * (-len(text) % 8)  # tensors are aligned
     return len(text).to_bytes(8, "little") + text
+
+
+def _readable(data: bytes, what: str) -> bytes:
+    """Return ``data``; raise CheckpointError where nobody could read it later."""
+    if len(data) > JSON_BYTES:
+        raise CheckpointError("size", f"{what}: size: {len(data):,} bytes of JSON, at most {JSON_BYTES:,} can be read")
+    parse_json(data, what)
+    return data
+
+
+def _regular_size(descriptor: int, what: str) -> int:
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError("file", f"{what}: file: not a regular file")
+    if found.st_size > SPARSE_BYTES and found.st_blocks * 512 * 8 < found.st_size:
+        raise CheckpointError("sparse", f"{what}: sparse: {found.st_size:,} bytes, of which hardly any are stored")
+    return found.st_size
 
 
 def _read_exactly(descriptor: int, length: int, what: str) -> bytes:
@@ -275,16 +298,18 @@ def _read_exactly(descriptor: int, length: int, what: str) -> bytes:
     return b"".join(parts)
 
 
-def _depth(text: str) -> int:
-    """Return how deep brackets are nested, without a parser that could run out of stack."""
-    depth = deepest = 0
-    for bracket in re.findall(r'"(?:[^"\\]|\\.)*"|[\[\]{}]', text):
-        if bracket in "[{":
-            depth += 1
-            deepest = max(deepest, depth)
-        elif bracket in "]}":
-            depth -= 1
-    return deepest
+def _look_inside(content: Any) -> None:
+    """Raise RecursionError for what is nested too deep, ValueError for a lone surrogate, which is no text."""
+    depth, level = 0, [content]
+    while level:
+        for value in level:
+            if isinstance(value, str) and not value.isascii():
+                value.encode()
+        boxes = [value for value in level if isinstance(value, dict | list)]
+        depth += bool(boxes)
+        if depth > JSON_DEPTH:
+            raise RecursionError
+        level = [inner for box in boxes for inner in ((*box, *box.values()) if isinstance(box, dict) else box)]
 
 
 def _is(value: Any, kind: type) -> bool:

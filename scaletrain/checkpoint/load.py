@@ -2,16 +2,20 @@
 
 import os
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from scaletrain.checkpoint.format import Piece
+from scaletrain.checkpoint.format import Piece, folder_descriptor, regular_file
 from scaletrain.checkpoint.tensors import is_sharded
 from scaletrain.checkpoint.verify import Checkpoint
 from scaletrain.errors import CheckpointError
+
+BOOL_BYTES = 1 << 20
+"""Bytes looked at together."""
 
 
 def load(checkpoint: Checkpoint, part: str, tensors: Mapping[str, Tensor]) -> None:
@@ -23,11 +27,21 @@ def load(checkpoint: Checkpoint, part: str, tensors: Mapping[str, Tensor]) -> No
     whole = all(
         piece.shape == tuple(tensors[n].shape) for ps in checkpoint.part(part).values() for n, piece in ps.items()
     )
+    check_bools(checkpoint.path, checkpoint.part(part))
     with torch.no_grad():
         if whole and not any(map(is_sharded, tensors.values())):
             _copy(checkpoint, part, tensors)
         else:
             _reshard(checkpoint, part, tensors)
+
+
+def load_new(checkpoint: Checkpoint, part: str) -> dict[str, Tensor]:
+    """Read ``part`` into new tensors, of the shapes that its pieces make up. Raises CheckpointError."""
+    shapes = whole_shapes(checkpoint, part)
+    check_tensors(checkpoint, part, shapes)  # before any memory is taken
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes.items()}
+    load(checkpoint, part, tensors)
+    return tensors
 
 
 def _copy(checkpoint: Checkpoint, part: str, tensors: Mapping[str, Tensor]) -> None:
@@ -100,21 +114,37 @@ def check_tensors(
             raise CheckpointError("shape", f"{where}shape: {part} '{name}' is {there} there and {shape} in this run")
 
 
+def check_bools(path: Path, files: Mapping[str, Mapping[str, Piece]]) -> None:
+    """Raise CheckpointError where a bool in ``files``, in the folder ``path``, is stored as neither 0 nor 1."""
+    for file, pieces in files.items():
+        bools = {name: piece for name, piece in pieces.items() if piece.dtype == torch.bool}
+        if not bools:
+            continue
+        with folder_descriptor(path) as folder, regular_file(folder, file, f"{path / file}") as (descriptor, _):
+            for name, piece in bools.items():
+                for start in range(piece.start, piece.end, BOOL_BYTES):
+                    if os.pread(descriptor, min(BOOL_BYTES, piece.end - start), start).strip(b"\0\1"):
+                        raise CheckpointError("bool", f"{path / file}: bool: {ascii(name)[:140]} has more than 0 and 1")
+
+
 def _covers(pieces: list[Piece], shape: tuple[int, ...]) -> bool:
     """Whether the pieces fill ``shape`` exactly, each element once."""
     boxes = [[(at, at + n) for at, n in zip(p.offsets, p.shape, strict=True)] for p in pieces]
     inside = all(end <= n for box in boxes for (_, end), n in zip(box, shape, strict=True))
-    filled = sum(_volume(box) for box in boxes) == _volume([(0, n) for n in shape])
-    apart = all(
-        any(a[1] <= b[0] or b[1] <= a[0] for a, b in zip(first, second, strict=True))
-        for i, first in enumerate(boxes)
-        for second in boxes[i + 1 :]
-    )
-    return inside and filled and apart
+    return inside and sum(prod(p.shape) for p in pieces) == prod(shape) and _apart(boxes)
 
 
-def _volume(box: list[tuple[int, int]]) -> int:
-    volume = 1
-    for start, end in box:
-        volume *= end - start
-    return volume
+def _apart(boxes: list[list[tuple[int, int]]]) -> bool:
+    """Whether no two of the boxes overlap.
+
+    They are gone through along the dimension that divides them most, and each is compared with those that reach
+    into it: a thousand ranks' pieces of each of a thousand tensors would be too many pairs.
+    """
+    most = max(range(len(boxes[0])), key=lambda d: len({box[d] for box in boxes}), default=0)
+    reaching: list[list[tuple[int, int]]] = []
+    for box in sorted(boxes, key=lambda box: box[most : most + 1]):
+        reaching = [other for other in reaching if other[most][1] > box[most][0]]
+        if any(all(a[0] < b[1] and b[0] < a[1] for a, b in zip(box, other, strict=True)) for other in reaching):
+            return False
+        reaching.append(box)
+    return True

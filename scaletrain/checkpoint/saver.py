@@ -12,7 +12,6 @@ from scaletrain.checkpoint.files import Files
 from scaletrain.checkpoint.retain import Keep
 from scaletrain.checkpoint.tensors import Parts, Snapshot
 from scaletrain.checkpoint.verify import Checkpoint
-from scaletrain.errors import CheckpointError
 
 
 class Saver:
@@ -67,10 +66,8 @@ class Saver:
         _be_nice()
         try:
             self._commit(step, self._snapshot, state, beside, best_step)
-        except CheckpointError as error:
-            self.failure = error
         except BaseException as error:  # a thread that dies in silence would let training go on unsaved
-            self.failure = CheckpointError("saving", f"saving step {step} failed: {type(error).__name__}: {error}")
+            self.failure = error
 
 
 def _be_nice() -> None:

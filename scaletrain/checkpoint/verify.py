@@ -10,9 +10,7 @@ from typing import Any
 
 from scaletrain.checkpoint.format import (
     FOLDER,
-    JSON_BYTES,
     MANIFEST,
-    MANIFEST_BYTES,
     STATE,
     STEP_FOLDER,
     Manifest,
@@ -28,7 +26,6 @@ from scaletrain.errors import CheckpointError
 
 READ_BYTES = 4 << 20
 HASHING_THREADS = 4
-TENSOR_FILE = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -57,9 +54,7 @@ class Checkpoint:
 def open_checkpoint(path: Path) -> Checkpoint:
     """Read all of a checkpoint but the tensors' bytes. Raises CheckpointError naming file and rule."""
     with folder_descriptor(path) as folder:
-        manifest = parse_manifest(
-            read_small(folder, MANIFEST, f"{path / MANIFEST}", MANIFEST_BYTES), f"{path / MANIFEST}"
-        )
+        manifest = parse_manifest(read_small(folder, MANIFEST, f"{path / MANIFEST}"), f"{path / MANIFEST}")
         if STEP_FOLDER.fullmatch(path.name) and int(path.name.removeprefix("step-")) != manifest.step:
             raise CheckpointError("step", f"{path}: step: the manifest says step {manifest.step}")
         pieces = {}
@@ -68,11 +63,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
             with regular_file(folder, name, what) as (descriptor, size):
                 if size != listed.size:
                     raise CheckpointError("size", f"{what}: size: {size:,} bytes, the manifest says {listed.size:,}")
-                if name.endswith(TENSOR_FILE):
+                if name != STATE:
                     pieces[name] = read_header(descriptor, size, what)
-                elif name != STATE:
-                    raise CheckpointError("name", f"{what}: name: neither {STATE} nor *{TENSOR_FILE}")
-        state = parse_json(read_small(folder, STATE, f"{path / STATE}", JSON_BYTES), f"{path / STATE}")
+        state = parse_json(read_small(folder, STATE, f"{path / STATE}"), f"{path / STATE}")
         if not isinstance(state, dict):
             raise CheckpointError("state", f"{path / STATE}: state: not an object")
         extra = sorted(set(os.listdir(folder)) - set(manifest.files) - {MANIFEST})  # noqa: PTH208  # by descriptor
@@ -108,7 +101,7 @@ def is_valid(path: Path) -> bool:
 
 def newest_first(folder: Path) -> Iterator[Path]:
     """Yield the checkpoints of a run's folder ``checkpoints``, newest first, whole or not."""
-    if not folder.is_symlink() and not folder.exists():
+    if not os.path.lexists(folder):
         return
     with folder_descriptor(folder) as descriptor:
         names = [name for name in os.listdir(descriptor) if STEP_FOLDER.fullmatch(name)]  # noqa: PTH208
@@ -134,8 +127,8 @@ def newest_whole(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 def checkpoint_at(path: Path) -> Path:
     """Return the checkpoint that a user means: one itself, or the newest whole one of a run's folder."""
-    path = path.resolve()
-    if (path / MANIFEST).exists() or STEP_FOLDER.fullmatch(path.name):
+    path = Path(os.path.realpath(path))
+    if os.path.lexists(path / MANIFEST) or STEP_FOLDER.fullmatch(path.name):
         return path
     folder = path if path.name == FOLDER else path / FOLDER
     checkpoint, _ = newest_whole(folder)

@@ -112,7 +112,9 @@ class Run:
 
     def _listen(self) -> Wish:
         """Tell the others what this process was asked for, and do what all have agreed on."""
-        granted = self.wishes.exchange(self._wish())
+        return self._heed(self.wishes.exchange(self._wish()))
+
+    def _heed(self, granted: Wish) -> Wish:
         if granted is NO_WISH:
             return granted
         if granted.failed and self.saver is not None:
@@ -286,7 +288,8 @@ class Run:
 
         A long validation listens too: told to leave, it does not go on to its end. Every rank must reach this line.
         """
-        self.wishes.hold(self._listen())
+        told = Wish(leave=self._wish().leave)  # a stop asked for meanwhile is not granted sooner for it
+        self.wishes.hold(self._heed(self.wishes.exchange(told)))
         with self.devices.autocast():
             if self.recipe.evaluate is None:
                 return {"loss": self.recipe.loss(self.module, batch, self.cfg)}

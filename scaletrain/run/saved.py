@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, fields
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from math import isfinite
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
@@ -11,7 +14,8 @@ from torch import Tensor
 
 from scaletrain.agreement import Wish, gather_texts
 from scaletrain.checkpoint.export import named_tensors
-from scaletrain.checkpoint.load import load, whole_shapes
+from scaletrain.checkpoint.format import STATE
+from scaletrain.checkpoint.load import load, load_new
 from scaletrain.checkpoint.verify import Checkpoint
 from scaletrain.errors import CheckpointError
 from scaletrain.folder import describe_environment, strict
@@ -22,6 +26,8 @@ from scaletrain.state import State
 if TYPE_CHECKING:
     from scaletrain.run.run import Run
 
+PARTS = ("model", "optimizer", "hooks")
+"""What the names of a checkpoint's files of tensors begin with."""
 TENSOR = "__tensor__"
 """Marks in a hook's JSON where a tensor was taken out."""
 
@@ -63,46 +69,90 @@ def captured(run: Run, unfinished: StepInfo | None = None) -> tuple[dict[str, di
 
 def restore(run: Run, checkpoint: Checkpoint) -> None:
     """Bring ``run`` to where the checkpoint was taken. Raises CheckpointError where it is another run's."""
-    facts = checkpoint.state
+    with _as_written(checkpoint):
+        _restore(run, checkpoint, checkpoint.state)
+
+
+def state_of(checkpoint: Checkpoint) -> State:
+    """Return the counters of a checkpoint. Raises CheckpointError unless they are there and possible."""
+    with _as_written(checkpoint):
+        return read_state(checkpoint.state["state"], checkpoint.step)
+
+
+@contextmanager
+def _as_written(checkpoint: Checkpoint) -> Iterator[None]:
+    """Turn what goes wrong with a content that no run has written into a CheckpointError that names the file."""
+    where = f"{checkpoint.path / STATE}"
     try:
-        _restore(run, checkpoint, facts)
+        yield
+    except CheckpointError as error:
+        if str(error).startswith(f"{checkpoint.path}"):
+            raise
+        raise CheckpointError(error.rule, f"{where}: {str(error)[:400]}") from error.__cause__
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         why = f"{type(error).__name__}: {ascii(str(error))[:200]}"
-        raise CheckpointError(
-            "state", f"{checkpoint.path}/state.json: state: not as scaletrain writes it: {why}"
-        ) from None
+        raise CheckpointError("state", f"{where}: state: not as scaletrain writes it: {why}") from None
 
 
 def _restore(run: Run, checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
-    run.state = read_state(facts["state"], checkpoint.step)
+    unknown = {file.rpartition("-")[0] for file in checkpoint.pieces} - {*PARTS}
+    if unknown:
+        raise CheckpointError("names", f"names: it has files of {sorted(unknown)}, this run knows {[*PARTS]}")
+    run.state = state_of(checkpoint)
     ranks = facts["ranks"]
     if len(ranks) != checkpoint.manifest.world_size:
         raise ValueError(f"{len(ranks)} ranks in state.json, {checkpoint.manifest.world_size} in the manifest")
+    _check_optimizer(facts["optimizer"], run.built)
     restore_state(run.module, run.optimizer, facts["optimizer"], lambda tensors: load(checkpoint, "optimizer", tensors))
     load(checkpoint, "model", named_tensors(run.module))
     if run.scaler is not None and facts["scaler"] is not None:  # after the optimizer (accelerate #4289)
+        own = run.scaler.state_dict()
+        if facts["scaler"].keys() != own.keys() or not all(_is_like(facts["scaler"][name], own[name]) for name in own):
+            raise ValueError(f"the scaler is {facts['scaler']!a}")
         run.scaler.load_state_dict(facts["scaler"])
-    hooks = stateful_hooks(run)
-    if hooks.keys() != facts["hooks"].keys():
-        raise CheckpointError(
-            "hooks", f"hooks: it has the state of {sorted(facts['hooks'])}, this run has {sorted(hooks)}"
-        )
-    tensors = {
-        name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in whole_shapes(checkpoint, "hooks").items()
-    }
-    load(checkpoint, "hooks", tensors)
-    for name, hook in hooks.items():
-        hook.load_state_dict(_put_together(facts["hooks"][name], tensors))
-    run.metrics = {str(name): as_float(value) for name, value in facts["metrics"].items()}
-    run.skipped.fill_(int(facts["skipped"]))
+    _restore_hooks(stateful_hooks(run), facts["hooks"], load_new(checkpoint, "hooks"))
+    run.metrics = {name: as_float(value) for name, value in facts["metrics"].items()}
+    run.skipped.fill_(_count(facts["skipped"], "skipped", most=checkpoint.step))
     same = len(ranks) == run.devices.world_size
     mine = ranks[run.devices.rank] if same else _merged(ranks) if run.devices.is_first else {"loss": 0.0, "asked": ""}
     run.losses.fill_(as_float(mine["loss"]))
-    run.asked = facts["stopping"] or str(mine["asked"])
+    run.asked = _text(facts["stopping"]) or _text(mine["asked"])
     if facts["stopping"]:
         run.wishes.hold(Wish(stop=1))
     if facts["unfinished"] is not None:
         run.handed_out = _unfinished(run, facts, ranks, mine if same else None)
+    _text(facts["tracker"])  # the caller takes these two
+    _, _ = (_count(lines, "lines") for lines in facts["lines"])
+
+
+def _check_optimizer(saved: dict[str, Any], built: list[dict[str, Any]]) -> None:
+    """Raise ValueError unless the values that are no tensors are like those of the optimizer as it was built."""
+    for name, values in saved["state"].items():
+        for key, value in values.items():
+            if value != "tensor" and not (value is None or isinstance(value, bool | int | float)):
+                raise ValueError(f"the optimizer's {name}.{key} is {value!a}")
+    for adapted, own in zip(saved["adapted"], built, strict=True):
+        for key, value in adapted.items():
+            if key not in own or not _is_like(value, own[key]):
+                raise ValueError(f"the optimizer's {key} is {value!a}")
+
+
+def _restore_hooks(hooks: dict[str, Any], states: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    if hooks.keys() != states.keys():
+        raise CheckpointError("hooks", f"hooks: it has the state of {sorted(states)}, this run has {sorted(hooks)}")
+    complete = {name: _put_together(states[name], tensors) for name in hooks}
+    if tensors:
+        raise CheckpointError("names", f"names: no hook has the tensor {next(iter(tensors))!a}")
+    for name, hook in hooks.items():
+        _fill(hook, name, complete[name])
+
+
+def _fill(hook: Any, name: str, state: Any) -> None:
+    try:
+        hook.load_state_dict(state)
+    except Exception as error:  # whatever a hook raises where the state is not its own
+        why = f"{type(error).__name__}: {ascii(str(error))[:200]}"
+        raise CheckpointError("hooks", f"hooks: {name} does not take the state it has there: {why}") from error
 
 
 def _unfinished(run: Run, facts: dict[str, Any], ranks: list[dict[str, Any]], mine: dict[str, Any] | None) -> StepInfo:
@@ -116,31 +166,38 @@ def _unfinished(run: Run, facts: dict[str, Any], ranks: list[dict[str, Any]], mi
         lr=as_float(facts["unfinished"]["lr"]),
         loss=torch.tensor(loss, device=device),
         grad_norm=None if norm is None else torch.tensor(as_float(norm), device=device),
-        finite=torch.tensor(bool(finite), device=device),
+        finite=torch.tensor(_flag(finite), device=device),
     )
 
 
 def read_state(content: dict[str, Any], step: int) -> State:
-    """Return the counters of ``content``; raise unless each is there and of its kind."""
+    """Return the counters of ``content``; raise ValueError unless each is there, of its kind and possible."""
     hints = get_type_hints(State)
     if content.keys() != hints.keys():
         raise ValueError(f"counters {sorted(content.keys() ^ hints.keys())} are missing or unknown")
     values: dict[str, Any] = {}
-    for field in fields(State):
-        value = content[field.name]
-        if hints[field.name] is int:
-            if not isinstance(value, int) or isinstance(value, bool) or value < -1:
-                raise ValueError(f"{field.name} is {value!a}")
-            values[field.name] = value
-        elif hints[field.name] is str:
-            values[field.name] = str(value)
-        elif isinstance(value, dict):
-            values[field.name] = {str(name): as_float(one) for name, one in value.items()}
+    for name, kind in hints.items():
+        value = content[name]
+        if kind is int:
+            values[name] = _count(value, name, least=-1)
+        elif kind is str:
+            values[name] = _text(value)
+        elif kind == dict[str, float]:
+            values[name] = {metric: as_float(one) for metric, one in value.items()}
         else:
-            values[field.name] = None if value is None else as_float(value)
-    if values["step"] != step or values["samples_seen"] < 0 or values["skipped"] < 0:
-        raise ValueError(f"step {values['step']}, samples_seen {values['samples_seen']}, the manifest says step {step}")
-    return State(**values)
+            values[name] = None if value is None else as_float(value)
+    state = State(**values)
+    if state.step != step:
+        raise ValueError(f"step {state.step}, the manifest says step {step}")
+    _count(state.samples_seen, "samples_seen", least=step)
+    _count(state.skipped, "skipped", most=step)
+    _count(state.train_loss_from, "train_loss_from", most=step)
+    _count(state.validations_without_progress, "validations_without_progress")
+    for reached in ("validated_step", "best_step", "tested_step"):
+        _count(values[reached], reached, least=-1, most=step)
+    if (state.best is None) != (state.best_step == -1) or not isfinite(state.best or 0):
+        raise ValueError(f"best {state.best} at step {state.best_step}")
+    return state
 
 
 def stateful_hooks(run: Run) -> dict[str, Any]:
@@ -166,6 +223,35 @@ def as_float(value: Any) -> float:
     return float(value)
 
 
+def _count(value: Any, what: str, *, least: int = 0, most: int = 2**62) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise ValueError(f"{what} is {value!a}")
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise ValueError(f"{value!a} is no text")
+    return value
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"{value!a} is neither true nor false")
+    return value
+
+
+def _is_like(value: Any, own: Any) -> bool:
+    """Whether ``value``, from JSON, is of the kind that ``own`` is; None may have become a number or text."""
+    if own is None:
+        return not isinstance(value, list | dict)
+    if isinstance(own, list | tuple):
+        return isinstance(value, list) and len(value) == len(own) and all(map(_is_like, value, own))
+    if isinstance(own, bool) or not isinstance(own, int | float):
+        return type(value) is type(own)
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def numbers(values: Any) -> Any:
     """Replace every float in ``values`` by what JSON can say."""
     if isinstance(values, dict):
@@ -175,13 +261,15 @@ def numbers(values: Any) -> Any:
 
 def _merged(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     """What rank 0 takes over where the number of processes has changed."""
-    asked = [rank["asked"] for rank in ranks if rank["asked"]]
+    asked = [rank["asked"] for rank in ranks if _text(rank["asked"])]
     return {"loss": number(sum(as_float(rank["loss"]) for rank in ranks)), "asked": asked[0] if asked else ""}
 
 
 def _taken_apart(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """Return ``value`` as JSON, its tensors moved to ``tensors``. Raises CheckpointError naming what is neither."""
     if isinstance(value, Tensor):
+        while path in tensors:  # of {"a.b": ...} and {"a": {"b": ...}}
+            path += "'"
         tensors[path] = value
         return {TENSOR: path}
     if isinstance(value, dict) and TENSOR not in value and all(isinstance(key, str) for key in value):
@@ -199,8 +287,9 @@ def _taken_apart(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
 
 
 def _put_together(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Undo ``_taken_apart``; each tensor is taken out of ``tensors`` once."""
     if isinstance(value, dict):
         if value.keys() == {TENSOR}:
-            return tensors[value[TENSOR]]
+            return tensors.pop(value[TENSOR])
         return {key: _put_together(item, tensors) for key, item in value.items()}
     return [_put_together(item, tensors) for item in value] if isinstance(value, list) else value

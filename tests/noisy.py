@@ -1,0 +1,117 @@
+"""A small recipe in which everything that could be lost in a kill matters, and a record of every step's bits.
+
+Dropout, BatchNorm, augmentation, momentum, a schedule, a hook with a state of its own. ``Record`` appends a digest of
+weights, buffers, optimizer and examples after each step, so that two runs can be compared step by step.
+"""
+
+import hashlib
+import json
+import os
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import tiny
+import torch
+from torch import nn
+
+from scaletrain import Config, Recipe, constant, cosine, one_cycle, step_decay, warmup_cosine
+from scaletrain.checkpoint.tensors import local_part
+
+SCHEDULES = {f.__name__: f for f in (constant, cosine, one_cycle, step_decay, warmup_cosine)}
+OPTIMIZERS = {
+    "sgd": lambda p, cfg: torch.optim.SGD(p, lr=cfg.lr, momentum=0.9),
+    "adamw": lambda p, cfg: torch.optim.AdamW(p, lr=cfg.lr, fused=True),
+    "amsgrad": lambda p, cfg: torch.optim.Adam(p, lr=cfg.lr, amsgrad=True),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoisyConfig(Config):
+    batch_size: int = 24
+    lr: float = 1e-2
+    threads: int | None = 1
+    optimizer: str = "adamw"
+    schedule: str = "warmup_cosine"
+    record: str = ""
+    """Folder for the digests; none are made without."""
+
+
+def model(cfg, data):
+    return nn.Sequential(nn.Linear(5, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.2), nn.Linear(16, 3))
+
+
+def augment(batch, cfg):
+    return batch | {"x": batch["x"] + 0.1 * torch.randn_like(batch["x"])}
+
+
+class Average:
+    """A hook with a state: a running average of the first layer's weights, and a count."""
+
+    def __init__(self):
+        self.average, self.count, self.notes = None, 0, []
+
+    def __call__(self, run, info):
+        weight = run.module.state_dict()["0.weight"].detach().float()
+        self.average = weight.clone() if self.average is None else self.average.lerp(weight, 0.1)
+        self.count += 1
+        self.notes = [*self.notes, info.step][-3:]
+
+    def state_dict(self):
+        return {"average": self.average, "count": self.count, "notes": {"last": self.notes}}
+
+    def load_state_dict(self, state):
+        self.average, self.count, self.notes = state["average"], state["count"], state["notes"]["last"]
+
+
+class Record:
+    """Append {step, digest} after each step, at once: a SIGKILL must not lose what was done."""
+
+    def __init__(self, folder):
+        name = f"rank{os.environ.get('RANK', 0)}.jsonl"
+        self.file = os.open(Path(folder) / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+    def __call__(self, run, info):
+        line = {"step": info.step, "digest": digest(run), "loss": float(info.loss).hex()}
+        os.write(self.file, json.dumps(line).encode() + b"\n")
+
+
+def digest(run):
+    """A hash of all that makes up the run on this rank."""
+    found = hashlib.sha256()
+    for tensor in run.module.state_dict().values():
+        found.update(local_part(tensor).contiguous().numpy().tobytes())
+    for state in run.optimizer.state.values():
+        for value in state.values():
+            found.update(local_part(torch.as_tensor(value)).contiguous().numpy().tobytes())
+    for hook in run.hooks:
+        if isinstance(hook, Average):
+            found.update(hook.average.numpy().tobytes() + str((hook.count, hook.notes)).encode())
+    return found.hexdigest()[:16]
+
+
+def hooks(cfg):
+    return [Average(), *([Record(cfg.record)] if cfg.record else [])]
+
+
+def recorded(folder):
+    """What the ranks recorded: (rank, step) -> set of digests; more than one means that bits differed."""
+    found = defaultdict(set)
+    for path in Path(folder).glob("rank*.jsonl"):
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            found[path.stem, record["step"]].add((record["digest"], record["loss"]))
+    return found
+
+
+recipe = Recipe(
+    config=NoisyConfig,
+    data=tiny.data,
+    model=model,
+    loss=tiny.loss,
+    evaluate=tiny.evaluate,
+    optimizer=lambda model, cfg: OPTIMIZERS[cfg.optimizer](model.parameters(), cfg),
+    schedule=lambda step, total, cfg: SCHEDULES[cfg.schedule](step, total, cfg),
+    augment=augment,
+    hooks=hooks,
+)
