@@ -39,8 +39,8 @@ from scaletrain.optimizers import parameter_names
 from scaletrain.order import Share, Shuffled, micro_batch_count
 from scaletrain.recipe import Data, Recipe, fingerprint
 from scaletrain.run import Run, Step
+from scaletrain.run.restore import restore, state_of
 from scaletrain.run.resume import changes, check_same, find, identity
-from scaletrain.run.saved import read_state, restore
 from scaletrain.signals import Signals
 from scaletrain.state import State
 from scaletrain.tracking import Tracking
@@ -208,7 +208,7 @@ def check_monitor(run: Run) -> str:
             raise InputError("--patience needs validation examples, but the recipe's data has no val")
         return ""
     sums = Sums(run.devices.sums_in, run.devices.device)
-    with torch.inference_mode(), run.evaluating():
+    with run.evaluating():
         batch, counted = next(iter(run.held_out["val"]))
         sums.add(run.evaluate(batch), length(batch), run.weight(batch), counted=counted > 0)
     names = [f"val_{name}" for name in sums.names]
@@ -248,7 +248,7 @@ def open_folder(run: Run, name: str, source: str | None) -> None:
     started_before = (run.folder / ENVIRONMENT).exists()
     if checkpoint is not None:
         check_same(checkpoint, run.identity)
-        state = read_state(checkpoint.state["state"], checkpoint.step)
+        state = state_of(checkpoint)
         if own and code == DONE and (state.stop_reason or state.step >= run.total_steps):
             raise Finished(run.folder, how_to_go_on(run, state))
         restore(run, checkpoint)

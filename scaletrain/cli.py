@@ -38,7 +38,8 @@ class List:
         if not found:
             raise CheckpointError("missing", f"{self.run}: missing: no checkpoints there")
         good = [one for one in found if not isinstance(one, CheckpointError)]
-        best = good[0].state.get("state", {}).get("best_step") if good else None  # as the newest one knows it
+        counters = good[0].state.get("state") if good else None
+        best = counters.get("best_step") if isinstance(counters, dict) else None  # as the newest one knows it
         for one in found:
             if isinstance(one, CheckpointError):
                 _say(f"not whole: {one}")

@@ -67,7 +67,6 @@ def forward_backward(run: Run, micro_batches: list[MicroBatch]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 
 
-@torch.inference_mode()
 def validate(run: Run, split: str = "val") -> dict[str, float]:
     """Measure a held-out split, every example exactly once on any number of processes.
 

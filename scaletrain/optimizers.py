@@ -130,11 +130,10 @@ def restore_state(
     for parameter, name in names.items():
         own = optimizer.state.get(parameter, {})
         kinds = {key: isinstance(value, Tensor) for key, value in own.items()}
+        before = {k: v == "tensor" or (v is None and k == "momentum_buffer") for k, v in values[name].items()}
         if not values[name]:
             optimizer.state.pop(parameter, None)
-        elif {
-            key: value == "tensor" or (value is None and kinds.get(key)) for key, value in values[name].items()
-        } != kinds:
+        elif before != kinds:
             raise CheckpointError(
                 "optimizer", f"optimizer: it kept {sorted(values[name])} of '{name}', this run's keeps {sorted(kinds)}"
             )

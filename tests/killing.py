@@ -81,6 +81,7 @@ def serve():
     from scaletrain import main
     from scaletrain.checkpoint.commit import Commit
 
+    noisy.shard_where_asked()
     commit = Commit.__call__
 
     def commit_and_tell(self, step, *args):

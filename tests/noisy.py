@@ -7,6 +7,7 @@ weights, buffers, optimizer and examples after each step, so that two runs can b
 import hashlib
 import json
 import os
+import signal
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,10 @@ from pathlib import Path
 import tiny
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 
-from scaletrain import Config, Recipe, constant, cosine, one_cycle, step_decay, warmup_cosine
-from scaletrain.checkpoint.tensors import local_part
+from scaletrain import Config, Recipe, build, constant, cosine, one_cycle, step_decay, warmup_cosine
+from scaletrain.checkpoint.tensors import is_sharded, local_part
 
 SCHEDULES = {f.__name__: f for f in (constant, cosine, one_cycle, step_decay, warmup_cosine)}
 OPTIMIZERS = {
@@ -35,14 +37,46 @@ class NoisyConfig(Config):
     schedule: str = "warmup_cosine"
     record: str = ""
     """Folder for the digests; none are made without."""
+    plain: bool = False
+    """Nothing random and no BatchNorm: the curve depends on the order of summation alone. In float64."""
+    fsdp: bool = False
+    """Shard the model with FSDP2, which Accelerate never chooses on a CPU."""
+    leave_at: int = 0
+    """Step after which the process gets a SIGTERM."""
 
 
 def model(cfg, data):
+    if cfg.plain:
+        return nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 3)).double()
     return nn.Sequential(nn.Linear(5, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.2), nn.Linear(16, 3))
 
 
 def augment(batch, cfg):
-    return batch | {"x": batch["x"] + 0.1 * torch.randn_like(batch["x"])}
+    return batch if cfg.plain else batch | {"x": batch["x"] + 0.1 * torch.randn_like(batch["x"])}
+
+
+def shard_where_asked():
+    """Let ``start`` wrap the model with FSDP2 where the config says so."""
+    wrap = build.build_model
+
+    def build_model(recipe, cfg, data, devices):
+        if not cfg.fsdp:
+            return wrap(recipe, cfg, data, devices)
+        build.seed_everything(cfg.seed)
+        module = recipe.model(cfg, data)
+        for layer in module:
+            fully_shard(layer)
+        return fully_shard(module), module
+
+    build.build_model = build_model
+
+
+def leave_at(step):
+    def leave(run, info):
+        if info.step == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return leave
 
 
 class Average:
@@ -52,7 +86,8 @@ class Average:
         self.average, self.count, self.notes = None, 0, []
 
     def __call__(self, run, info):
-        weight = run.module.state_dict()["0.weight"].detach().float()
+        weight = run.module.state_dict()["0.weight"].detach()
+        weight = (weight.full_tensor() if is_sharded(weight) else weight).float()
         self.average = weight.clone() if self.average is None else self.average.lerp(weight, 0.1)
         self.count += 1
         self.notes = [*self.notes, info.step][-3:]
@@ -83,7 +118,8 @@ def digest(run):
         found.update(local_part(tensor).contiguous().numpy().tobytes())
     for state in run.optimizer.state.values():
         for value in state.values():
-            found.update(local_part(torch.as_tensor(value)).contiguous().numpy().tobytes())
+            value = value if isinstance(value, torch.Tensor) else torch.tensor(value)
+            found.update(local_part(value).contiguous().numpy().tobytes())
     for hook in run.hooks:
         if isinstance(hook, Average):
             found.update(hook.average.numpy().tobytes() + str((hook.count, hook.notes)).encode())
@@ -91,7 +127,11 @@ def digest(run):
 
 
 def hooks(cfg):
-    return [Average(), *([Record(cfg.record)] if cfg.record else [])]
+    return [
+        Average(),
+        *([Record(cfg.record)] if cfg.record else []),
+        *([leave_at(cfg.leave_at)] if cfg.leave_at else []),
+    ]
 
 
 def recorded(folder):
@@ -102,6 +142,15 @@ def recorded(folder):
             record = json.loads(line)
             found[path.stem, record["step"]].add((record["digest"], record["loss"]))
     return found
+
+
+def losses(folder):
+    """The loss of each step over all ranks; a rank records its share of it."""
+    found = defaultdict(float)
+    for (_, step), bits in recorded(folder).items():
+        ((_, loss),) = bits
+        found[step] += float.fromhex(loss)
+    return dict(found)
 
 
 recipe = Recipe(

@@ -53,7 +53,8 @@ from scaletrain.checkpoint.saver import Saver
 from scaletrain.checkpoint.verify import Checkpoint, checkpoint_at, newest_whole, open_checkpoint, verify
 from scaletrain.devices import set_up
 from scaletrain.errors import CheckpointError
-from scaletrain.run.saved import captured, restore
+from scaletrain.run.capture import captured
+from scaletrain.run.restore import restore
 
 RUNS_CODE = {"pickle.find_class", "exec", "os.system", "os.exec", "os.posix_spawn", "subprocess.Popen"}
 EARS = []

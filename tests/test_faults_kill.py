@@ -198,8 +198,9 @@ def test_a_crash_loop_ends_with_the_bits_of_a_run_never_killed(trials):
     trials.max_steps, kills = CRASH_LOOP
     random = draw("C9")
     for _ in range(kills):
-        trial, more = trials.start(2), random.randint(2, 2 * trials.max_steps // kills - 4)
-        wait_for(lambda until=trials.steps(2) + more: trials.steps(2) >= until)
+        until = trials.steps(2) + random.randint(2, 2 * trials.max_steps // kills - 4)
+        trial = trials.start(2)
+        wait_for(lambda until=until: trials.steps(2) >= until)
         trial.kill()
         trial.codes()
         trials.check(2)

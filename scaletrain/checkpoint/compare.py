@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scaletrain.checkpoint.load import load, whole_shapes
+from scaletrain.checkpoint.load import load_new
 from scaletrain.checkpoint.verify import Checkpoint, verify
 
 NOT_COMPARED = ("environment", "ranks", "lines", "tracker")
@@ -20,14 +20,8 @@ def differences(first: Checkpoint, second: Checkpoint) -> list[str]:
     one, other = ({k: v for k, v in c.state.items() if k not in NOT_COMPARED} for c in (first, second))
     found = list(_json(one, other, ""))
     for part in sorted({name.rpartition("-")[0] for c in (first, second) for name in c.pieces}):
-        found += _tensors(part, _load(first, part), _load(second, part))
+        found += _tensors(part, load_new(first, part), load_new(second, part))
     return found
-
-
-def _load(checkpoint: Checkpoint, part: str) -> dict[str, Tensor]:
-    tensors = {n: torch.empty(shape, dtype=dtype) for n, (shape, dtype) in whole_shapes(checkpoint, part).items()}
-    load(checkpoint, part, tensors)
-    return tensors
 
 
 def _tensors(part: str, one: dict[str, Tensor], other: dict[str, Tensor]) -> Iterator[str]:

@@ -87,7 +87,7 @@ def check_same(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
         before = saved.get(what) if isinstance(saved, dict) else None
         if before != value:
             words = {"data": "other training or validation data", "order": "another order of the examples"}
-            how = words.get(what, f"{what} {before}, this run has {value}")
+            how = words.get(what, f"{what} {ascii(before)[:80]}, this run has {value}")
             raise InputError(
                 f"{short(checkpoint.path)} was made with {how}; what it counts means nothing here. For a new run from "
                 f"its weights: --resume never, another --out, and load_weights(model, '{short(checkpoint.path)}') in "

@@ -18,6 +18,7 @@ from scaletrain.checkpoint.export import WEIGHTS, export, named_tensors
 from scaletrain.checkpoint.format import dump, step_folder
 from scaletrain.checkpoint.load import load
 from scaletrain.checkpoint.saver import Saver
+from scaletrain.checkpoint.tensors import is_sharded, local_part
 from scaletrain.checkpoint.verify import open_checkpoint, whole
 from scaletrain.config import Config
 from scaletrain.devices import NOTHING, Devices, seed_generators
@@ -27,8 +28,8 @@ from scaletrain.loader import HeldOut, Loader, MicroBatch, length
 from scaletrain.optimizers import base_values, hyperparameters, set_factors
 from scaletrain.order import MASK, STRIDE, seed_for
 from scaletrain.recipe import Batch, Data, Hook, Metric, Recipe, unmet
+from scaletrain.run.capture import captured
 from scaletrain.run.info import Result, StepInfo
-from scaletrain.run.saved import captured
 from scaletrain.signals import Signals
 from scaletrain.state import State
 from scaletrain.tracking import Tracking
@@ -76,6 +77,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self._sharded = any(map(is_sharded, self.parameters))
         sparse = any(getattr(module, "sparse", False) for module in self.module.modules())
         self._plain = not sparse and all(p.dtype == torch.float32 for p in self.parameters)
         self.scaler = self.devices.accelerator.scaler
@@ -198,15 +200,19 @@ class Run:
     def update(self) -> Tensor:
         """Update the weights unless a gradient is NaN or infinite; return whether it was finite, 0-d bool.
 
-        The gradient is averaged by now, so every process decides alike. Optimizers that take ``found_inf``
-        skip on the device; for others on an accelerator this waits for the device.
+        The gradient is averaged by now, or the flag is shared, so every process decides alike. Optimizers that
+        take ``found_inf`` skip on the device; for others on an accelerator this waits for the device.
         """
         found = self._found.zero_()
         gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if self._sharded:
+            gradients = [local_part(gradient) for gradient in gradients]
         if self._plain:  # 3 us on a small model, where a norm takes 25
             torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, self._one)
         else:
             found.copy_(any_not_finite(gradients))
+        if self._sharded:  # each rank has seen its own part alone
+            self.devices.sum(found)
         if self.scaler is not None:
             self.scaler.step(self.optimizer)
             self.scaler.update()
@@ -271,13 +277,18 @@ class Run:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Put the model into eval mode with rank 0's buffers, and back. Every rank must reach this line."""
+        """Put the model into eval mode with rank 0's buffers and without gradients, and back.
+
+        Every rank must reach this line.
+        """
         started = time.perf_counter()
         self.devices.broadcast_buffers(self.module)
         modes = [(module, module.training) for module in self.module.modules()]
         self.module.eval()
         try:
-            yield
+            # what FSDP2 gathers in inference mode it cannot train with
+            with torch.no_grad() if self._sharded else torch.inference_mode():
+                yield
         finally:
             for module, training in modes:
                 module.training = training
@@ -399,7 +410,8 @@ class Run:
 def any_not_finite(gradients: list[Tensor]) -> Tensor:
     """Whether a gradient of any dtype, sparse ones too, holds NaN or infinity, 0-d bool."""
     values = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-    return ~torch.stack([v.abs().amax().float() for v in values if v.numel()]).isfinite().all()
+    largest = [v.abs().amax().float() for v in values if v.numel()]
+    return ~torch.stack(largest).isfinite().all() if largest else torch.tensor(False)
 
 
 Step = Callable[[Run, list[MicroBatch]], StepInfo]

@@ -1,25 +1,23 @@
-"""What of a run a checkpoint holds, and how a run gets it back."""
+"""How a run gets back what a checkpoint holds. The content may be a stranger's: nothing is taken on trust."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from math import isfinite
 from typing import TYPE_CHECKING, Any, get_type_hints
 
 import torch
 from torch import Tensor
 
-from scaletrain.agreement import Wish, gather_texts
+from scaletrain.agreement import Wish
 from scaletrain.checkpoint.export import named_tensors
 from scaletrain.checkpoint.format import STATE
 from scaletrain.checkpoint.load import load, load_new
 from scaletrain.checkpoint.verify import Checkpoint
 from scaletrain.errors import CheckpointError
-from scaletrain.folder import describe_environment, strict
-from scaletrain.optimizers import restore_state, saved_state
+from scaletrain.optimizers import restore_state
+from scaletrain.run.capture import TENSOR, number, stateful_hooks
 from scaletrain.run.info import StepInfo
 from scaletrain.state import State
 
@@ -28,43 +26,6 @@ if TYPE_CHECKING:
 
 PARTS = ("model", "optimizer", "hooks")
 """What the names of a checkpoint's files of tensors begin with."""
-TENSOR = "__tensor__"
-"""Marks in a hook's JSON where a tensor was taken out."""
-
-
-def captured(run: Run, unfinished: StepInfo | None = None) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """Return the tensors by part and the content of state.json. Every rank must reach this line.
-
-    ``unfinished`` is a step whose rest (logging, validation, hooks) is still to be done: the run that goes on
-    from here begins with that.
-    """
-    granted = run.wishes.drain().stop
-    own: dict[str, Any] = {"loss": number(run.losses), "asked": run.asked}
-    if unfinished is not None:
-        norm = unfinished.grad_norm
-        own["step"] = [number(unfinished.loss), None if norm is None else number(norm), bool(unfinished.finite)]
-    ranks = [json.loads(text) for text in gather_texts(json.dumps(own), run.devices.control)]
-    run.devices.broadcast_buffers(run.module)
-    optimizer, kept = saved_state(run.module, run.optimizer, run.built)
-    hooks: dict[str, Tensor] = {}
-    facts = {
-        "state": numbers(run.state.to_dict()),
-        "metrics": numbers(run.metrics),
-        "ranks": ranks,
-        "skipped": int(run.skipped),
-        "stopping": ranks[granted - 1]["asked"] if granted else "",
-        "unfinished": None if unfinished is None else {"epoch": unfinished.epoch, "lr": unfinished.lr},
-        "lines": list(run.tracking.lines if unfinished is None else run.lines),
-        "tracker": run.tracking.tracker_run,
-        "optimizer": kept,
-        "scaler": None if run.scaler is None else run.scaler.state_dict(),
-        "hooks": {name: _taken_apart(hook.state_dict(), name, hooks) for name, hook in stateful_hooks(run).items()},
-        "identity": run.identity,
-        "config": strict(asdict(run.cfg)),
-        "total_steps": run.total_steps,
-        "environment": describe_environment(run.devices.world_size, str(run.devices.device)),
-    }
-    return {"model": named_tensors(run.module), "optimizer": optimizer, "hooks": hooks}, facts
 
 
 def restore(run: Run, checkpoint: Checkpoint) -> None:
@@ -200,20 +161,19 @@ def read_state(content: dict[str, Any], step: int) -> State:
     return state
 
 
-def stateful_hooks(run: Run) -> dict[str, Any]:
-    """Return the hooks that have a state, by the name of their class; a second of the same name gets a number."""
-    found: dict[str, Any] = {}
-    for hook in run.hooks:
-        if hasattr(hook, "state_dict") and hasattr(hook, "load_state_dict"):
-            name = type(hook).__name__
-            found[name if name not in found else f"{name}#{len(found)}"] = hook
-    return found
+def _merged(ranks: list[dict[str, Any]]) -> dict[str, Any]:
+    """What rank 0 takes over where the number of processes has changed."""
+    asked = [rank["asked"] for rank in ranks if _text(rank["asked"])]
+    return {"loss": number(sum(as_float(rank["loss"]) for rank in ranks)), "asked": asked[0] if asked else ""}
 
 
-def number(value: Tensor | float) -> float | str:
-    """Return a float as JSON can say it: NaN and infinities as text. Waits for the device of a tensor."""
-    value = float(value)
-    return value if value - value == 0 else str(value)
+def _put_together(value: Any, tensors: dict[str, Tensor]) -> Any:
+    """Undo ``_taken_apart``; each tensor is taken out of ``tensors`` once."""
+    if isinstance(value, dict):
+        if value.keys() == {TENSOR}:
+            return tensors.pop(value[TENSOR])
+        return {key: _put_together(item, tensors) for key, item in value.items()}
+    return [_put_together(item, tensors) for item in value] if isinstance(value, list) else value
 
 
 def as_float(value: Any) -> float:
@@ -250,46 +210,3 @@ def _is_like(value: Any, own: Any) -> bool:
     if isinstance(own, bool) or not isinstance(own, int | float):
         return type(value) is type(own)
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def numbers(values: Any) -> Any:
-    """Replace every float in ``values`` by what JSON can say."""
-    if isinstance(values, dict):
-        return {key: numbers(value) for key, value in values.items()}
-    return number(values) if isinstance(values, float) else values
-
-
-def _merged(ranks: list[dict[str, Any]]) -> dict[str, Any]:
-    """What rank 0 takes over where the number of processes has changed."""
-    asked = [rank["asked"] for rank in ranks if _text(rank["asked"])]
-    return {"loss": number(sum(as_float(rank["loss"]) for rank in ranks)), "asked": asked[0] if asked else ""}
-
-
-def _taken_apart(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
-    """Return ``value`` as JSON, its tensors moved to ``tensors``. Raises CheckpointError naming what is neither."""
-    if isinstance(value, Tensor):
-        while path in tensors:  # of {"a.b": ...} and {"a": {"b": ...}}
-            path += "'"
-        tensors[path] = value
-        return {TENSOR: path}
-    if isinstance(value, dict) and TENSOR not in value and all(isinstance(key, str) for key in value):
-        return {key: _taken_apart(item, f"{path}.{key}", tensors) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_taken_apart(item, f"{path}.{i}", tensors) for i, item in enumerate(value)]
-    small = not isinstance(value, int) or -(2**63) <= value < 2**63
-    finite = not isinstance(value, float) or value - value == 0
-    if (value is None or type(value) in (bool, int, float, str)) and small and finite:
-        return value
-    shown = value if isinstance(value, int | float) else f"a {type(value).__name__}"
-    raise CheckpointError(
-        "state", f"the state of hook {path} is {shown}; only tensors, finite numbers, texts, lists and dicts are saved"
-    )
-
-
-def _put_together(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Undo ``_taken_apart``; each tensor is taken out of ``tensors`` once."""
-    if isinstance(value, dict):
-        if value.keys() == {TENSOR}:
-            return tensors.pop(value[TENSOR])
-        return {key: _put_together(item, tensors) for key, item in value.items()}
-    return [_put_together(item, tensors) for item in value] if isinstance(value, list) else value
