@@ -111,7 +111,7 @@ class Recorder(Watched):
     def damage(self, path):
         """Let a bit rot: what is on the disk itself changes."""
         content = bytearray(path.read_bytes())
-        content[len(content) // 2] ^= 1
+        content[-1] ^= 1
         path.write_bytes(content)
         self.note("rot", path, data=bytes(content))
 

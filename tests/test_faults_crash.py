@@ -45,7 +45,7 @@ class Recorded:
     def __init__(self, root, keep):
         self.files, self.folder, self.keep = Recorder(root), root / RUN, keep
         self.metrics = self.folder / "metrics.jsonl"
-        self.committed, self.contents = [], {}
+        self.committed, self.contents, self.went_on_from = [], {}, -1
 
     def start(self):
         """Make the run folder, or go on in it as a run does; return the checkpoint to go on from."""
@@ -56,6 +56,7 @@ class Recorded:
         self.saver = Saver(self.folder / FOLDER, keep=self.keep, files=self.files)
         if checkpoint is not None:
             self.saver.resumed(checkpoint)
+            self.went_on_from = checkpoint.step
         if (self.folder / FOLDER).is_dir():
             clear_leftovers(self.files, self.folder / FOLDER)
         self.files.append(self.metrics, b"")
@@ -78,8 +79,10 @@ class Recorded:
 
     def promise(self, newest, keeps):
         """From here on ``newest`` or a newer one is found, and what the rules keep is whole."""
-        ruled = {step for step in self.committed if self.keep.every and step % self.keep.every == 0}
-        self.files.promise(newest, (keeps & {*self.committed}) | ruled)
+        keeps = (
+            keeps | {self.went_on_from} | {s for s in self.committed if self.keep.every and s % self.keep.every == 0}
+        )
+        self.files.promise(newest, keeps & {*self.committed})
 
     def damage(self, step):
         """Let a bit rot in the newest checkpoint."""
@@ -125,13 +128,13 @@ def a_long_run(root):
     return run
 
 
-def a_short_run(root):
-    """Save three times and keep the last alone."""
+def a_short_run(root, best=None):
+    """Save three times and keep the last and the ``best`` at each alone."""
     root.mkdir()
     run = Recorded(root, Keep(last=1))
     run.start()
     for step in (10, 20, 30):
-        run.save(step)
+        run.save(step, (best or {}).get(step, -1))
     return run
 
 
@@ -145,6 +148,18 @@ def test_whatever_a_power_cut_leaves_the_newest_committed_checkpoint_is_found_wh
     assert found.states >= 1000
     how = "all states" if ALL else f"at most {limit} states after each operation"
     report("C4 power cut", found.states, f"{how} of 9 saves, {found.cases:,} cases: {FINE}")
+
+
+def test_an_old_checkpoint_goes_only_after_a_newer_one_is_committed(memory):
+    run, folder, removed = a_short_run(memory / "disk", best={10: 10, 20: 10, 30: 30}), f"{RUN}/{FOLDER}", set()
+    for number, done in enumerate(run.files.log):
+        if done.kind == "rename" and "/.trash-" in done.other:
+            removed.add(done.path)
+            begin = max(i for i, before in enumerate(run.files.log[:number]) if before.kind == "promise")
+            saving = run.files.log[begin:number]
+            published = next(i for i, before in enumerate(saving) if before.other.startswith(f"{folder}/step-"))
+            assert ("sync", folder) in [before[:2] for before in saving[published:]]
+    assert removed == {f"{folder}/{step_folder(step)}" for step in (10, 20)}
 
 
 def test_what_a_killed_process_left_unsynced_does_not_cost_the_next_one_its_checkpoints(memory):

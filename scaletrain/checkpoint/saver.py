@@ -36,8 +36,8 @@ class Saver:
         self._thread: threading.Thread | None = None
 
     def resumed(self, checkpoint: Checkpoint) -> None:
-        """Take note of the checkpoint that the run goes on from: it is whole, and it stays until a newer one is."""
-        self.saved_step = checkpoint.step
+        """Take note of the checkpoint that the run goes on from: it is whole, and it stays as long as this process."""
+        self.saved_step = self.keep.also = checkpoint.step
         self.keep.verified.add(checkpoint.path.name)
 
     def save(self, step: int, parts: Parts, state: bytes, *, beside: Iterable[Path] = (), best_step: int = -1) -> None:

@@ -16,6 +16,7 @@ from scaletrain.checkpoint.format import STATE
 from scaletrain.checkpoint.load import load, load_new
 from scaletrain.checkpoint.verify import Checkpoint
 from scaletrain.errors import CheckpointError
+from scaletrain.folder import short
 from scaletrain.optimizers import restore_state
 from scaletrain.run.capture import TENSOR, number, stateful_hooks
 from scaletrain.run.info import StepInfo
@@ -26,12 +27,28 @@ if TYPE_CHECKING:
 
 PARTS = ("model", "optimizer", "hooks")
 """What the names of a checkpoint's files of tensors begin with."""
+ANOTHER_MODEL = ("names", "shape", "dtype", "optimizer", "hooks")
+"""Rules that a whole checkpoint violates when the recipe has changed."""
 
 
 def restore(run: Run, checkpoint: Checkpoint) -> None:
     """Bring ``run`` to where the checkpoint was taken. Raises CheckpointError where it is another run's."""
-    with _as_written(checkpoint):
-        _restore(run, checkpoint, checkpoint.state)
+    try:
+        with _as_written(checkpoint):
+            _restore(run, checkpoint, checkpoint.state)
+    except CheckpointError as error:
+        if error.rule not in ANOTHER_MODEL:
+            raise
+        raise CheckpointError(error.rule, f"{error}; {start_anew(checkpoint)}") from error.__cause__
+
+
+def start_anew(checkpoint: Checkpoint) -> str:
+    """Say how to use no more of a checkpoint than its weights."""
+    path = short(checkpoint.path)
+    return (
+        f"for a new run from its weights: --resume never, another --out, and load_weights(model, '{path}') in the "
+        "recipe's model"
+    )
 
 
 def state_of(checkpoint: Checkpoint) -> State:

@@ -17,6 +17,7 @@ from scaletrain.config import Config
 from scaletrain.errors import CheckpointError, InputError
 from scaletrain.folder import short, strict
 from scaletrain.order import Order
+from scaletrain.run.restore import start_anew
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -89,9 +90,8 @@ def check_same(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
             words = {"data": "other training or validation data", "order": "another order of the examples"}
             how = words.get(what, f"{what} {ascii(before)[:80]}, this run has {value}")
             raise InputError(
-                f"{short(checkpoint.path)} was made with {how}; what it counts means nothing here. For a new run from "
-                f"its weights: --resume never, another --out, and load_weights(model, '{short(checkpoint.path)}') in "
-                "the recipe's model"
+                f"{short(checkpoint.path)} was made with {how}; what it counts means nothing here; "
+                f"{start_anew(checkpoint)}"
             )
 
 
