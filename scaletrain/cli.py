@@ -134,8 +134,9 @@ class Diff:
     def __call__(self) -> int:
         """Print a line for each difference in counters, config and tensors."""
         from scaletrain.checkpoint.compare import differences
+        from scaletrain.config import NOT_LEARNED_FROM
 
-        found = differences(_open(self.run), _open(self.other))
+        found = differences(_open(self.run), _open(self.other), NOT_LEARNED_FROM)
         for line in found:
             _say(line)
         if not found:

@@ -13,6 +13,12 @@ from typing import Literal, TypeVar
 
 from scaletrain.errors import InputError
 
+NOT_LEARNED_FROM = (
+    "out", "resume", "checkpoint_every", "checkpoint_minutes", "keep_last", "keep_every",
+    "threads", "workers", "track", "log_every", "compile",
+)  # fmt: skip
+"""Options that say where and how a run works, not what is learned."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:

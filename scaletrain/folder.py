@@ -14,6 +14,7 @@ from typing import Any
 import torch.distributed as dist
 
 from scaletrain.agreement import gather_texts, together
+from scaletrain.checkpoint.files import put_in_place
 from scaletrain.errors import InputError
 from scaletrain.order import seed_for
 
@@ -43,7 +44,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write ``content`` so that the file is either whole or not there; NaN becomes null, as JSON has none."""
     draft = path.with_name(f"{path.name}.{os.getpid()}.draft")
     draft.write_text(json.dumps(strict(content), indent=2) + "\n")
-    draft.replace(path)
+    put_in_place(draft, path)
 
 
 def short(path: Path) -> str:

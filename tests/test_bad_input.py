@@ -215,14 +215,6 @@ def test_a_nan_later_is_reported_at_the_next_log_line(capsys):
     assert "try a lower lr or max_grad_norm" in said
 
 
-def test_a_run_that_is_done_is_not_overwritten(capsys, tmp_path):
-    argv = [*QUICK, "--out", str(tmp_path / "run")]
-    main(tiny.recipe, argv)
-    weights = (tmp_path / "run" / "model.safetensors").read_bytes()
-    assert "holds a run that is done; choose another --out" in ends_with_one_line(capsys, tiny.recipe, argv)
-    assert (tmp_path / "run" / "model.safetensors").read_bytes() == weights
-
-
 def test_a_folder_with_files_of_somebody_else_is_left_alone(capsys, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "metrics.jsonl").write_text("precious")
@@ -234,7 +226,7 @@ def test_a_folder_with_files_of_somebody_else_is_left_alone(capsys, tmp_path):
 def test_a_run_that_did_not_end_starts_over_and_says_so(capsys, tmp_path):
     ends_with_one_line(capsys, replace(tiny.recipe, loss=nan_loss), [*QUICK, "--out", str(tmp_path / "run")], code=1)
     main(tiny.recipe, [*QUICK, "--out", str(tmp_path / "run")])
-    assert "warning: run held a run that did not end; it starts over" in capsys.readouterr().out
+    assert "warning: run held a run that was never saved; it starts over" in capsys.readouterr().out
 
 
 def test_bad_input_leaves_no_run_folder(capsys, tmp_path):

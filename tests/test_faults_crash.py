@@ -164,7 +164,7 @@ def test_an_old_checkpoint_goes_only_after_a_newer_one_is_committed(memory):
 
 def test_what_a_killed_process_left_unsynced_does_not_cost_the_next_one_its_checkpoints(memory):
     first, random, crashed = a_short_run(memory / "disk"), draw("C4 restart"), memory / "crashed"
-    log, states = first.files.log, 0
+    log, limit, states = first.files.log, amount(20, 5), 0
     saved = contents(log, look_at_run, crashed)
     made = next(number for number, done in enumerate(log) if done[:2] == ("mkdir", f"{RUN}/{FOLDER}"))
     for killed_after in range(made + 1, len(log), 1 if ALL else 12):
@@ -179,12 +179,12 @@ def test_what_a_killed_process_left_unsynced_does_not_cost_the_next_one_its_chec
             look_at_run,
             saved | dict([look_at_run(memory / "disk")]),
             crashed,
-            lambda disk: disk.some_states(amount(20, 5), random),
+            lambda disk: disk.some_states(limit, random),
             since=killed_after,
         )
         assert not found.problems, (killed_after, found.examples)
         states += found.states
-    report("C4 kill, start again, power cut", states, FINE)
+    report("C4 kill, start again, power cut", states, f"at most {limit} states after each operation: {FINE}")
 
 
 def test_with_two_ranks_as_well(memory):
@@ -201,9 +201,10 @@ def test_with_two_ranks_as_well(memory):
 
     saved = contents(log, look, crashed)
     assert list(saved) == [10, 20, 30]
-    found = survey(log, look, saved, crashed, lambda disk: disk.some_states(amount(200, 4), random))
+    limit = amount(200, 4)
+    found = survey(log, look, saved, crashed, lambda disk: disk.some_states(limit, random))
     assert not found.problems, found.examples
-    report("C4 power cut, two ranks", found.states, FINE)
+    report("C4 power cut, two ranks", found.states, f"at most {limit} states after each operation: {FINE}")
 
 
 def test_without_any_one_of_its_syncs_a_save_would_not_be_safe(memory):

@@ -1,6 +1,6 @@
 """In what two checkpoints differ."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -13,11 +13,17 @@ NOT_COMPARED = ("environment", "ranks", "lines", "tracker")
 """Where and when it ran, rather than what it has learned."""
 
 
-def differences(first: Checkpoint, second: Checkpoint) -> list[str]:
-    """Return a line for each difference; tensors are compared as a whole, however many processes wrote them."""
+def differences(first: Checkpoint, second: Checkpoint, options: Sequence[str] = ()) -> list[str]:
+    """Return a line for each difference; tensors are compared as a whole, however many processes wrote them.
+
+    Of the configs, ``options`` are left out.
+    """
     verify(first)
     verify(second)
     one, other = ({k: v for k, v in c.state.items() if k not in NOT_COMPARED} for c in (first, second))
+    for state in (one, other):
+        if isinstance(state.get("config"), dict):
+            state["config"] = {name: value for name, value in state["config"].items() if name not in options}
     found = list(_json(one, other, ""))
     for part in sorted({name.rpartition("-")[0] for c in (first, second) for name in c.pieces}):
         found += _tensors(part, load_new(first, part), load_new(second, part))

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from scaletrain.checkpoint.files import put_in_place
 from scaletrain.checkpoint.format import folder_descriptor, read_header, regular_file
 from scaletrain.checkpoint.load import check_bools, load, load_new
 from scaletrain.checkpoint.verify import Checkpoint, checkpoint_at, open_checkpoint, verify
@@ -75,7 +76,7 @@ def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     umask = os.umask(0)
     os.umask(umask)
     draft.chmod(0o666 & ~umask)  # safetensors leaves 0600
-    draft.replace(path)
+    put_in_place(draft, path)
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:

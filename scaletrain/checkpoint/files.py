@@ -58,3 +58,11 @@ class Files:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def put_in_place(draft: Path, path: Path) -> None:
+    """Give a complete file its name, so that a power cut leaves the old one or the new one, never half of it."""
+    files = Files()
+    files.fsync_file(draft)
+    files.rename(draft, path)
+    files.fsync_folder(path.parent)

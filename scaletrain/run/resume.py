@@ -13,7 +13,7 @@ import numpy as np
 from scaletrain.agreement import gather_texts
 from scaletrain.checkpoint.format import FOLDER
 from scaletrain.checkpoint.verify import Checkpoint, checkpoint_at, newest_first, newest_whole, open_checkpoint, verify
-from scaletrain.config import Config
+from scaletrain.config import NOT_LEARNED_FROM, Config
 from scaletrain.errors import CheckpointError, InputError
 from scaletrain.folder import short, strict
 from scaletrain.order import Order
@@ -23,9 +23,6 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
     from scaletrain.run.run import Run
-
-PLACES = ("out", "resume", "threads", "workers", "track", "log_every", "compile")
-"""Options that have no say in what is learned."""
 
 
 def find(
@@ -115,7 +112,7 @@ def changes(run: Run, checkpoint: Checkpoint) -> list[str]:
     found = [
         f"{name} {before[name]} -> {value}"
         for name, value in now.items()
-        if name in before and before[name] != value and name not in PLACES
+        if name in before and before[name] != value and name not in NOT_LEARNED_FROM
     ]
     if total != run.total_steps:
         found.append(f"total steps {total} -> {run.total_steps}")
