@@ -13,7 +13,7 @@ from torch import nn, optim
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from scaletrain.agreement import first_then_others, gather_texts, together
+from scaletrain.agreement import Wishes, first_then_others, gather_texts, together
 from scaletrain.checkpoint.files import Files
 from scaletrain.checkpoint.format import FOLDER
 from scaletrain.checkpoint.retain import Keep, clear_leftovers
@@ -252,6 +252,8 @@ def open_folder(run: Run, name: str, source: str | None) -> None:
         if own and code == DONE and (state.stop_reason or state.step >= run.total_steps):
             raise Finished(run.folder, how_to_go_on(run, state))
         restore(run, checkpoint)
+        if not own:
+            branch_off(run)
     elif code == DONE:
         raise InputError(f"{short(run.folder)} holds a run that is done, without checkpoints; choose another --out")
     keep = Keep(cfg.keep_last, cfg.keep_every)
@@ -274,6 +276,14 @@ def open_folder(run: Run, name: str, source: str | None) -> None:
             run.tracking.say(line)
     tracker_run = str(checkpoint.state["tracker"]) if checkpoint is not None and own else ""
     run.tracking.start_tracker(cfg.track, name, asdict(cfg), tracker_run)
+
+
+def branch_off(run: Run) -> None:
+    """Let a run that goes on from another's checkpoint find a best of its own, and stop for reasons of its own."""
+    state = run.state
+    state.best, state.best_step, state.best_metrics = None, -1, {}
+    state.validations_without_progress, state.stop_reason, run.asked = 0, "", ""
+    run.wishes = Wishes(run.devices.control)
 
 
 def how_to_go_on(run: Run, state: State) -> str:

@@ -6,6 +6,7 @@ Nothing here needs a recipe, a GPU or other processes.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -61,7 +62,7 @@ class Verify:
         """Print a line for each checkpoint: ok, or file and rule."""
         from scaletrain.checkpoint.verify import newest_first, whole
 
-        paths = list(newest_first(_checkpoints(self.run))) or [self.run]
+        paths = list(newest_first(_checkpoints(self.run))) or [self.run.resolve()]
         bad = 0
         for path in paths:
             found = whole(path)
@@ -169,10 +170,14 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     )
     try:
         code = command.action()
+        sys.stdout.flush()
     except InputError as error:
         _fail(INPUT, str(error))
     except CheckpointError as error:
         _fail(CHECKPOINT, str(error))
+    except BrokenPipeError:  # as in: scaletrain ckpt list RUN | head -1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(DONE)
     except OSError as error:
         _fail(INPUT, f"{error.filename or ''}: {error.strerror}")
     sys.exit(code)
@@ -198,7 +203,7 @@ def _checkpoints(run: Path) -> Path:
 
     if not run.exists():
         raise InputError(f"{run} does not exist")
-    return run / FOLDER
+    return run if run.resolve().name == FOLDER else run / FOLDER
 
 
 def _say(text: str) -> None:

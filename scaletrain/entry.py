@@ -88,7 +88,9 @@ def _is_about_others(error: BaseException) -> bool:
 
 
 def _end_alone(run: Run, error: BaseException) -> NoReturn:
-    """Say which rank is missed, and leave: what failed here is only a consequence."""
+    """Say which rank is missed, unless it said why itself, and leave: what failed here is only a consequence."""
+    if (run.folder / "exit.json").exists():
+        _leave(RANK_ENDED_EARLY)
     deadline = time.monotonic() + OTHERS_SECONDS
     while not (gone := run.devices.gone()) and time.monotonic() < deadline:  # it may still be ending
         time.sleep(0.05)

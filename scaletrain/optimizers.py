@@ -1,7 +1,7 @@
 """The default optimizer: AdamW without decay where decay hurts, fused where the device has it."""
 
 from collections.abc import Callable, Mapping
-from math import inf
+from math import inf, isfinite
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from scaletrain.errors import CheckpointError, InputError
 
 FUSED_ON = ("cpu", "cuda")
 """Devices whose fused optimizers are known to be right: on MPS they ignored ``found_inf`` (pytorch #186360)."""
+SAVED = "only tensors and finite numbers are saved"
 
 
 def adamw(model: nn.Module, cfg: Config) -> optim.Optimizer:
@@ -99,18 +100,22 @@ def saved_state(
             if isinstance(value, Tensor):
                 tensors[f"{name}|{key}"] = value
                 values[name][key] = "tensor"
-            elif value is None or isinstance(value, bool | int | float):
+            elif _is_plain(value):
                 values[name][key] = value
             else:
-                raise CheckpointError(
-                    "state",
-                    f"the optimizer's {name}.{key} is a {type(value).__name__}; only tensors and numbers are saved",
-                )
+                raise CheckpointError("state", f"the optimizer's {name}.{key} is {value!a:.80}; {SAVED}")
     adapted = [
         {k: v for k, v in now.items() if v is not was.get(k) and v != was.get(k)}
         for now, was in zip(hyperparameters(optimizer), built, strict=True)
     ]
+    for key, value in [item for group in adapted for item in group.items()]:
+        if not all(map(_is_plain, value if isinstance(value, list | tuple) else [value])):
+            raise CheckpointError("state", f"the optimizer's {key} has become {value!a:.80}; {SAVED}")
     return tensors, {"state": values, "adapted": adapted}
+
+
+def _is_plain(value: Any) -> bool:
+    return value is None or isinstance(value, bool | int) or (isinstance(value, float) and isfinite(value))
 
 
 def restore_state(

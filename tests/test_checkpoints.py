@@ -405,6 +405,28 @@ def test_a_run_that_stopped_early_is_done_too(tmp_path, capsys):
     assert "is done: val_loss was not better than 0.5000 in 1 validations" in capsys.readouterr().out
 
 
+def test_a_branch_from_a_run_that_stopped_early_trains_on(tmp_path):
+    run_tiny(tmp_path / "run", "--patience", 1, recipe=measured_by({5: 0.5}))
+    branch = run_tiny(tmp_path / "branch", "--resume", tmp_path / "run", recipe=tiny.recipe)
+    assert (branch.step, branch.stop_reason) == (20, "")
+    assert branch.best_step > 11
+
+
+def test_an_optimizer_that_adapts_its_own_hyperparameters_goes_on_with_them(tmp_path):
+    class Adapting(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            for group in self.param_groups:
+                group["weight_decay"] += 1e-3
+
+    recipe = replace(tiny.recipe, optimizer=lambda model, cfg: Adapting(model.parameters(), lr=0.1, weight_decay=0))
+    run_tiny(tmp_path / "whole", recipe=recipe)
+    run_tiny(tmp_path / "again", "--checkpoint-every", 7, "--keep-last", 9, recipe=recipe)
+    left_after(tmp_path / "again", 7)
+    run_tiny(tmp_path / "again", recipe=recipe)
+    assert_same_end(tmp_path / "whole", tmp_path / "again")
+
+
 def test_a_damaged_checkpoint_is_skipped_loudly(tmp_path, capsys):
     run_tiny(tmp_path / "whole")
     run_tiny(tmp_path / "run", "--checkpoint-every", 6, "--keep-last", 99)

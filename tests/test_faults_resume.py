@@ -10,7 +10,7 @@ import noisy
 import pytest
 import torch
 import torch.distributed as dist
-from faultload import ALL, draw, report
+from faultload import ALL, amount, draw, report
 from killing import Ranks, nursery
 
 from scaletrain import build, start, train
@@ -79,33 +79,20 @@ def check_every_step(recipe, folder, case, **more):
     return STEPS
 
 
-def check_cases(recipe, folder, sample, row, **more):
-    cases = CASES if ALL else draw(row).sample(CASES, sample)
-    resumed = sum(check_every_step(recipe, folder, case, **more) for case in cases)
-    if int(os.environ.get("RANK", 0)) == 0:
-        report(row, resumed, f"{len(cases)} configurations, every step: bits and metrics.jsonl equal")
+def ranks_of(world_size, timeout):
+    return pytest.mark.world_size(world_size, timeout=timeout if ALL else 120)
 
 
-def test_one_process_goes_on_from_every_step_with_the_same_bits(tmp_path):
-    check_cases(noisy.recipe, tmp_path, 4, "E1 resume at every step, 1 process")
-
-
-@pytest.mark.world_size(2, timeout=600 if ALL else 120)
-def test_two_processes_go_on_from_every_step_with_the_same_bits(shared_path):
-    check_cases(noisy.recipe, shared_path, 1, "E1 resume at every step, 2 processes (DDP)")
-
-
-@pytest.mark.world_size(3, timeout=900 if ALL else 120)
-def test_three_processes_go_on_from_every_step_with_the_same_bits(shared_path):
-    check_cases(noisy.recipe, shared_path, 1, "E1 resume at every step, 3 processes (DDP)")
-
-
-@pytest.mark.world_size(4, timeout=900 if ALL else 120)
-def test_four_processes_go_on_from_every_step_with_the_same_bits(shared_path):
-    check_cases(noisy.recipe, shared_path, 1, "E1 resume at every step, 4 processes (DDP)")
-
-
-FSDP = {"plain": True, "fsdp": True}
+WORLDS = {
+    "DDP on 3 processes": (ranks_of(3, 1500), 30, {}),
+    "FSDP2 on 2 processes": (ranks_of(2, 1500), 10, {"plain": True, "fsdp": True}),
+    "one process": ((), 30, {}),
+    "DDP on 2 processes": (ranks_of(2, 1500), 30, {}),
+    "DDP on 4 processes": (ranks_of(4, 1500), 30, {}),
+    "FSDP2 on one process": (ranks_of(1, 900), 10, {"plain": True, "fsdp": True}),
+    "FSDP2 on 4 processes": (ranks_of(4, 1500), 10, {"plain": True, "fsdp": True}),
+}
+"""What wraps the model, how many configurations are tried in all, and with what options."""
 
 
 @pytest.fixture
@@ -114,26 +101,20 @@ def sharding(monkeypatch):
     noisy.shard_where_asked()
 
 
-@pytest.mark.world_size(1)
-def test_fsdp2_on_one_process_goes_on_from_every_step_with_the_same_bits(shared_path, sharding):
-    check_cases(noisy.recipe, shared_path, 1, "E1 resume at every step, 1 process (FSDP2)", **FSDP)
-
-
-@pytest.mark.world_size(2, timeout=900 if ALL else 120)
-def test_fsdp2_on_two_processes_goes_on_from_every_step_with_the_same_bits(shared_path, sharding):
-    check_cases(noisy.recipe, shared_path, 1, "E1 resume at every step, 2 processes (FSDP2)", **FSDP)
-
-
-@pytest.mark.world_size(4, timeout=900 if ALL else 120)
-def test_fsdp2_on_four_processes_goes_on_from_every_step_with_the_same_bits(shared_path, sharding):
-    check_cases(noisy.recipe, shared_path, 1, "E1 resume at every step, 4 processes (FSDP2)", **FSDP)
+@pytest.mark.parametrize("world", [pytest.param(w, marks=WORLDS[w][0]) for w in (WORLDS if ALL else [*WORLDS][:3])])
+def test_from_every_step_a_run_goes_on_with_the_same_bits(world, shared_path, sharding):
+    row = f"E1 resume at every step, {world}"
+    cases = draw(row).sample(CASES, amount(WORLDS[world][1], 1))
+    resumed = sum(check_every_step(noisy.recipe, shared_path, case, **WORLDS[world][2]) for case in cases)
+    if int(os.environ.get("RANK", 0)) == 0:
+        report(row, resumed, f"{len(cases)} configurations, every step: bits and metrics.jsonl equal")
 
 
 def full(tensor):
     return tensor.full_tensor() if is_sharded(tensor) else tensor.detach()
 
 
-@pytest.mark.world_size(4)
+@pytest.mark.world_size(4 if ALL else 2)
 def test_what_fsdp2_wrote_ddp_reads_and_the_other_way_round_to_the_last_bit(shared_path, sharding):
     for wrote, reads in ((True, False), (False, True), (True, True)):
         out = shared_path / f"{wrote}-{reads}"
@@ -148,17 +129,21 @@ def test_what_fsdp2_wrote_ddp_reads_and_the_other_way_round_to_the_last_bit(shar
             assert torch.equal(full(kept[name]), tensor), name
         train(run)
     if dist.get_rank() == 0:
-        report("E4 DDP to FSDP2 and back, 4 processes", 3, "weights and optimizer bit-equal right after loading")
+        report(
+            f"E4 DDP to FSDP2 and back, {dist.get_world_size()} processes",
+            3,
+            "weights and optimizer bit-equal right after loading",
+        )
 
 
 CHAINS = {
+    "DDP 2 -> FSDP2 4 -> FSDP2 3 -> DDP 1": [(2, 7, ()), (4, 11, ("--fsdp",)), (3, 16, ("--fsdp",)), (1, 0, ())],
     "4 -> 2 -> 1 -> 4": [(4, 6, ()), (2, 12, ()), (1, 15, ()), (4, 0, ())],
     "1 -> 3 -> 2 with accumulation": [
         (1, 5, ()),
         (3, 13, ("--micro-batch-size", 3)),
         (2, 0, ("--micro-batch-size", 5)),
     ],
-    "DDP 2 -> FSDP2 4 -> FSDP2 3 -> DDP 1": [(2, 7, ()), (4, 11, ("--fsdp",)), (3, 16, ("--fsdp",)), (1, 0, ())],
 }
 
 
@@ -168,7 +153,7 @@ def ranks():
         yield lambda *args: Ranks(process, *args)
 
 
-@pytest.mark.parametrize("chain", CHAINS)
+@pytest.mark.parametrize("chain", CHAINS if ALL else [*CHAINS][:1])
 def test_another_number_of_processes_sees_the_same_examples_and_the_same_curve(chain, ranks, tmp_path):
     argv = ["--max-steps", 22, "--validate-every", 5, "--plain"]
     for folder in ("whole", "chain"):
