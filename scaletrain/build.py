@@ -1,9 +1,7 @@
 """Build a run: from a recipe and a config to everything the loop touches."""
 
 import inspect
-import os
 import random
-from dataclasses import asdict
 from math import ceil
 from pathlib import Path
 
@@ -13,40 +11,21 @@ from torch import nn, optim
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from scaletrain.agreement import Wishes, first_then_others, gather_texts, together
-from scaletrain.checkpoint.files import Files
-from scaletrain.checkpoint.format import FOLDER
-from scaletrain.checkpoint.retain import Keep, clear_leftovers
-from scaletrain.checkpoint.saver import Saver
-from scaletrain.checkpoint.verify import Checkpoint
+from scaletrain.agreement import first_then_others, gather_texts, together
 from scaletrain.config import Config
 from scaletrain.devices import Devices, set_up
-from scaletrain.errors import DONE, PREEMPTED, Finished, InputError, Preempted
-from scaletrain.folder import (
-    ENVIRONMENT,
-    agree_on_folder,
-    describe_environment,
-    exit_code,
-    keep_source,
-    short,
-    write_json,
-)
+from scaletrain.errors import InputError
 from scaletrain.hooks import all_hooks
-from scaletrain.loader import ColumnReader, HeldOut, Loader, chosen_workers, length, make_reader
+from scaletrain.loader import HeldOut, Loader, chosen_workers, length, make_reader
 from scaletrain.loop import forward_backward, train_step
 from scaletrain.metrics import Sums
+from scaletrain.opening import open_folder
 from scaletrain.optimizers import parameter_names
 from scaletrain.order import Share, Shuffled, micro_batch_count
 from scaletrain.recipe import Data, Recipe, fingerprint
 from scaletrain.run import Run, Step
-from scaletrain.run.restore import restore, state_of
-from scaletrain.run.resume import changes, check_same, find, identity
+from scaletrain.run.resume import identity
 from scaletrain.signals import Signals
-from scaletrain.state import State
-from scaletrain.tracking import Tracking
-
-MODEL_LINES = 20
-"""A model that prints in at most so many lines is shown whole at the start."""
 
 
 def start(
@@ -234,128 +213,6 @@ def warm_up(run: Run) -> None:
     run.zero_grad()
     for buffer, before in buffers:
         buffer.copy_(before)
-
-
-def open_folder(run: Run, name: str, source: str | None) -> None:
-    """Make the run folder or go on in it, record what runs, and introduce it. Every rank must reach this line."""
-    devices, cfg = run.devices, run.cfg
-    run.folder = agree_on_folder(cfg.out, name, devices.control)
-    code = int(gather_texts(str(exit_code(run.folder)), devices.control)[0].replace("None", "-1"))
-    if code == PREEMPTED and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
-        raise Preempted(PREEMPTED)  # the launcher takes leaving for failing; a later job goes on
-    checkpoint, skipped = find(run.folder, cfg.resume, devices.control, devices.is_first)
-    own = checkpoint is not None and checkpoint.path.is_relative_to(run.folder)
-    started_before = (run.folder / ENVIRONMENT).exists()
-    if checkpoint is not None:
-        check_same(checkpoint, run.identity)
-        state = state_of(checkpoint)
-        if own and code == DONE and (state.stop_reason or state.step >= run.total_steps):
-            raise Finished(run.folder, how_to_go_on(run, state))
-        restore(run, checkpoint)
-        if not own:
-            branch_off(run)
-    elif code == DONE:
-        raise InputError(f"{short(run.folder)} holds a run that is done, without checkpoints; choose another --out")
-    keep = Keep(cfg.keep_last, cfg.keep_every)
-    run.saver = Saver(run.folder / FOLDER, copying=devices.control, writing=devices.checkpoint, keep=keep)
-    if checkpoint is not None and own:
-        run.saver.resumed(checkpoint)
-    together(lambda: write_beginning(run, source, checkpoint) if devices.is_first else None, devices.control)
-    if not devices.is_first:
-        return
-    for why in skipped:
-        run.tracking.warn(f"skipped a checkpoint: {why}")
-    if started_before and checkpoint is None:
-        run.tracking.warn(f"{short(run.folder)} held a run that was never saved; it starts over")
-    for line in introduction(run, name):
-        run.tracking.say(line)
-    for warning in doubts(run):
-        run.tracking.warn(warning)
-    if checkpoint is not None:
-        for line in continuation(run, checkpoint):
-            run.tracking.say(line)
-    tracker_run = str(checkpoint.state["tracker"]) if checkpoint is not None and own else ""
-    run.tracking.start_tracker(cfg.track, name, asdict(cfg), tracker_run)
-
-
-def branch_off(run: Run) -> None:
-    """Let a run that goes on from another's checkpoint find a best of its own, and stop for reasons of its own."""
-    state = run.state
-    state.best, state.best_step, state.best_metrics = None, -1, {}
-    state.validations_without_progress, state.stop_reason, run.asked = 0, "", ""
-    run.wishes = Wishes(run.devices.control)
-
-
-def how_to_go_on(run: Run, state: State) -> str:
-    """Say that nothing is left to do, and what would give the run more."""
-    if state.stop_reason:
-        return (
-            f"{short(run.folder)} is done: {state.stop_reason}; for a new run from there: "
-            f"--resume {short(run.folder)} --out ANOTHER"
-        )
-    return (
-        f"{short(run.folder)} is done: {state.step} steps of {run.total_steps}; to go on, give more --epochs or a "
-        "higher --max-steps; for a new run, another --out"
-    )
-
-
-def continuation(run: Run, checkpoint: Checkpoint) -> list[str]:
-    """Say where the run goes on, and with what other options than before."""
-    epochs = run.state.samples_seen / run.examples
-    where = f"going on after step {run.state.step} (epoch {epochs:.4g}) from {short(checkpoint.path)}"
-    different = changes(run, checkpoint)
-    return [where, *([f"changed since: {', '.join(different)}"] if different else [])]
-
-
-def write_beginning(run: Run, source: str | None, checkpoint: Checkpoint | None) -> None:
-    """Record what runs, and open the files of the run folder, cut back to the checkpoint it goes on from."""
-    (run.folder / "exit.json").unlink(missing_ok=True)
-    (run.folder / "result.json").unlink(missing_ok=True)
-    write_json(run.folder / "config.json", asdict(run.cfg))
-    write_json(run.folder / ENVIRONMENT, describe_environment(run.devices.world_size, str(run.devices.device)))
-    keep_source(run.folder, source)
-    if (run.folder / FOLDER).is_dir():
-        clear_leftovers(Files(), run.folder / FOLDER)
-    own = checkpoint is not None and checkpoint.path.is_relative_to(run.folder)
-    keep = tuple(int(n) for n in checkpoint.state["lines"]) if checkpoint is not None and own else (0, 0)
-    run.tracking = Tracking(
-        run.folder, total_steps=run.total_steps, by_epoch=run.cfg.validate_every is None, keep=(keep[0], keep[1])
-    )
-
-
-def doubts(run: Run) -> list[str]:
-    """Name the settings that have no effect here, or hardly the wanted one."""
-    cfg = run.cfg
-    found = []
-    if cfg.batch_size > run.examples:
-        found.append(f"batch_size {cfg.batch_size} exceeds the {run.examples} training examples: steps repeat some")
-    if cfg.workers and isinstance(run.loader.reader, ColumnReader):
-        found.append(f"workers {cfg.workers} has no effect: columns in memory are read in the training process")
-    if "val" not in run.held_out and cfg.validate_every is not None:
-        found.append(f"validate_every {cfg.validate_every} has no effect: the recipe's data has no val")
-    return found
-
-
-def introduction(run: Run, name: str) -> list[str]:
-    """Say what is trained, on what, and for how long."""
-    cfg, devices, module = run.cfg, run.devices, run.module
-    parameters = sum(p.numel() for p in module.parameters())
-    model = str(module)
-    shown = model if model.count("\n") < MODEL_LINES else type(module).__name__
-    share = -(-cfg.batch_size // devices.world_size)
-    count = run.loader.micro_batches
-    processes = "1 process" if devices.world_size == 1 else f"{devices.world_size} processes"
-    threads = f"{devices.threads} thread{'s' * (devices.threads > 1)} each"
-    exact = "" if cfg.batch_size % (devices.world_size * count) == 0 else "at most "
-    held_out = "".join(f", {split} {part.reader.n:,}" for split, part in run.held_out.items())
-    return [
-        f"{name}: {shown}",
-        f"{parameters:,} parameters",
-        f"{processes} on {devices.device.type}, {devices.precision}, {threads}, global batch {cfg.batch_size} = "
-        f"{devices.world_size} x {exact}{-(-share // count)} x {count} (processes x micro-batch x count)",
-        f"train {run.examples:,} examples{held_out}; {run.total_steps:,} steps",
-        f"run folder {short(run.folder)}",
-    ]
 
 
 def source_of(recipe: Recipe) -> str:

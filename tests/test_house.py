@@ -23,6 +23,7 @@ LAYERS = (  # each may import those before it
     ("run",),
     ("loop",),
     ("hooks",),
+    ("opening",),
     ("build",),
     ("entry",),
     ("cli",),

@@ -14,21 +14,18 @@ from torch import Tensor, nn, optim
 from torch.nn.utils import clip_grad_norm_
 
 from scaletrain.agreement import NO_WISH, Wish, Wishes, gather_texts, together
-from scaletrain.checkpoint.export import WEIGHTS, export, named_tensors
-from scaletrain.checkpoint.format import dump, step_folder
-from scaletrain.checkpoint.load import load
+from scaletrain.checkpoint.format import dump
 from scaletrain.checkpoint.saver import Saver
 from scaletrain.checkpoint.tensors import is_sharded, local_part
-from scaletrain.checkpoint.verify import open_checkpoint, whole
 from scaletrain.config import Config
 from scaletrain.devices import NOTHING, Devices, seed_generators
-from scaletrain.errors import DONE, INTERRUPTED, PREEMPTED, InputError, Preempted
-from scaletrain.folder import short, write_json
+from scaletrain.errors import INTERRUPTED, PREEMPTED, InputError, Preempted
 from scaletrain.loader import HeldOut, Loader, MicroBatch, length
 from scaletrain.optimizers import base_values, hyperparameters, set_factors
 from scaletrain.order import MASK, STRIDE, seed_for
-from scaletrain.recipe import Batch, Data, Hook, Metric, Recipe, unmet
+from scaletrain.recipe import Batch, Data, Hook, Metric, Recipe
 from scaletrain.run.capture import captured
+from scaletrain.run.ending import say_outcome, take_best, write_outcome
 from scaletrain.run.info import Result, StepInfo
 from scaletrain.signals import Signals
 from scaletrain.state import State
@@ -102,7 +99,8 @@ class Run:
         """Lines of metrics.jsonl and timing.jsonl when it was handed out."""
         self._save_granted = False
         self._save_at = time.monotonic() + 60 * self.cfg.checkpoint_minutes
-        self._result_step = -1
+        self.result_step = -1
+        """Step whose weights are the result of the run, once training is over."""
 
     def stopping(self) -> bool:
         """Whether a stop that some process asked for a step ago is due. Every rank must reach this line."""
@@ -362,49 +360,15 @@ class Run:
     def take_best(self) -> None:
         """Save the end of training, then put the best weights into the model. Every rank must reach this line."""
         self.wishes.drain()
-        if self.saver is None or self._result_step >= 0:
-            return
-        self.save()
-        self.saver.wait()
-        state = self.state
-        self._result_step = state.step
-        if state.best_step in (-1, state.step):
-            return
-        path = self.saver.folder / step_folder(state.best_step)
-        problem = gather_texts(self._why_not(path) if self.devices.is_first else "", self.devices.control)[0]
-        if problem:
-            self.tracking.warn(
-                f"the best weights, of step {state.best_step}, cannot be had ({problem}): the last are used"
-            )
-            return
-        load(open_checkpoint(path), "model", named_tensors(self.module))
-        self._result_step = state.best_step
-        self.metrics.update(state.best_metrics)
-
-    def _why_not(self, path: Path) -> str:
-        found = whole(path)
-        return found if isinstance(found, str) else ""
+        if self.result_step < 0:
+            self.save()
+            take_best(self)
 
     def finish(self) -> Result:
         """Export the best weights, write result.json, and say how the run ended. Every rank must reach this line."""
         self.take_best()
-        together(self._write_outcome, self.devices.control)
-        state, say = self.state, self.tracking.say
-        say(f"{state.stop_reason or 'done'}: {state.step} steps, {state.samples_seen / self.examples:.4g} epochs")
-        if state.best is not None:
-            say(f"best {self.cfg.monitored_metric} {state.best:.4f} at step {state.best_step}")
-        say(f"weights of step {self._result_step}: {short(self.folder / WEIGHTS)}")
-        self.tracking.close()
-        return Result(self.metrics, state.step, state.best, state.best_step, state.stop_reason, self.folder)
-
-    def _write_outcome(self) -> None:
-        if self.devices.is_first and self.saver is not None:
-            export(open_checkpoint(self.saver.folder / step_folder(self._result_step)), self.folder / WEIGHTS)
-            outcome = {"metrics": self.metrics, **self.state.to_dict()}
-            write_json(
-                self.folder / "result.json", {**outcome, "expect_missed": unmet(self.recipe.expect, self.metrics)}
-            )
-            write_json(self.folder / "exit.json", {"code": DONE, "reason": self.state.stop_reason or "done"})
+        together(lambda: write_outcome(self) if self.devices.is_first else None, self.devices.control)
+        return say_outcome(self)
 
 
 def any_not_finite(gradients: list[Tensor]) -> Tensor:

@@ -1,0 +1,57 @@
+"""How a run ends: with the best weights, a result, and a word about both."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from scaletrain.agreement import gather_texts
+from scaletrain.checkpoint.export import WEIGHTS, export, named_tensors
+from scaletrain.checkpoint.format import FOLDER, step_folder
+from scaletrain.checkpoint.load import load
+from scaletrain.checkpoint.verify import open_checkpoint, whole
+from scaletrain.errors import DONE
+from scaletrain.folder import short, write_json
+from scaletrain.recipe import unmet
+from scaletrain.run.info import Result
+
+if TYPE_CHECKING:
+    from scaletrain.run.run import Run
+
+
+def take_best(run: Run) -> None:
+    """Wait for what is being saved, then put the best weights into the model. Every rank must reach this line."""
+    if run.saver is None:
+        return
+    run.saver.wait()
+    state = run.state
+    run.result_step = state.step
+    if state.best_step in (-1, state.step):
+        return
+    path = run.folder / FOLDER / step_folder(state.best_step)
+    found = whole(path) if run.devices.is_first else ""
+    problem = gather_texts(found if isinstance(found, str) else "", run.devices.control)[0]
+    if problem:
+        run.tracking.warn(f"the best weights, of step {state.best_step}, cannot be had ({problem}): the last are used")
+        return
+    load(open_checkpoint(path), "model", named_tensors(run.module))
+    run.result_step = state.best_step
+    run.metrics.update(state.best_metrics)
+
+
+def write_outcome(run: Run) -> None:
+    """Export the weights and write result.json, then exit.json; rank 0 does."""
+    export(open_checkpoint(run.folder / FOLDER / step_folder(run.result_step)), run.folder / WEIGHTS)
+    outcome = {"metrics": run.metrics, **run.state.to_dict(), "expect_missed": unmet(run.recipe.expect, run.metrics)}
+    write_json(run.folder / "result.json", outcome)
+    write_json(run.folder / "exit.json", {"code": DONE, "reason": run.state.stop_reason or "done"})
+
+
+def say_outcome(run: Run) -> Result:
+    """Say how the run ended, close what is open, and return the result."""
+    state, say = run.state, run.tracking.say
+    say(f"{state.stop_reason or 'done'}: {state.step} steps, {state.samples_seen / run.examples:.4g} epochs")
+    if state.best is not None:
+        say(f"best {run.cfg.monitored_metric} {state.best:.4f} at step {state.best_step}")
+    say(f"weights of step {run.result_step}: {short(run.folder / WEIGHTS)}")
+    run.tracking.close()
+    return Result(run.metrics, state.step, state.best, state.best_step, state.stop_reason, run.folder)
