@@ -8,6 +8,8 @@ import hashlib
 import json
 import os
 import signal
+import threading
+import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,8 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 
 from scaletrain import Config, Recipe, build, constant, cosine, one_cycle, step_decay, warmup_cosine
+from scaletrain.agreement import Wishes
+from scaletrain.checkpoint.files import Files
 from scaletrain.checkpoint.tensors import is_sharded, local_part
 
 SCHEDULES = {f.__name__: f for f in (constant, cosine, one_cycle, step_decay, warmup_cosine)}
@@ -43,9 +47,14 @@ class NoisyConfig(Config):
     """Shard the model with FSDP2, which Accelerate never chooses on a CPU."""
     leave_at: int = 0
     """Step after which the process gets a SIGTERM."""
+    moment: str = ""
+    """Where in the run rank 1 gets a SIGTERM; a key of MOMENTS."""
+    slow_disk: float = 0.0
+    """Seconds that each write of a checkpoint takes longer."""
 
 
 def model(cfg, data):
+    at("before step 0", cfg)
     if cfg.plain:
         return nn.Sequential(nn.Linear(5, 16), nn.Tanh(), nn.Linear(16, 3)).double()
     return nn.Sequential(nn.Linear(5, 16), nn.BatchNorm1d(16), nn.Tanh(), nn.Dropout(0.2), nn.Linear(16, 3))
@@ -69,6 +78,56 @@ def shard_where_asked():
         return fully_shard(module), module
 
     build.build_model = build_model
+
+
+MOMENTS = ("loading data", "before step 0", "accumulating", "collective", "validating", "saving", "after the last step")
+_told = set()
+
+
+def at(moment, cfg):
+    """Send this process a SIGTERM, once, if this is the moment and it is rank 1."""
+    if cfg.moment == moment and os.environ.get("RANK", "1") == "1" and moment not in _told:
+        _told.add(moment)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+def data(cfg):
+    at("loading data", cfg)
+    return tiny.data(cfg)
+
+
+def loss(model, batch, cfg):
+    at("accumulating", cfg)
+    return tiny.loss(model, batch, cfg)
+
+
+def evaluate(model, batch, cfg):
+    at("validating", cfg)
+    return tiny.evaluate(model, batch, cfg)
+
+
+class Moments:
+    """Gets the signal sent in the midst of what no recipe's function sees."""
+
+    def __init__(self, cfg):
+        self.cfg = cfg
+        write, exchange = Files.write, Wishes.exchange
+
+        def slow_write(files, descriptor, content):
+            at("saving", cfg)
+            time.sleep(cfg.slow_disk)
+            return write(files, descriptor, content)
+
+        def late_exchange(wishes, mine):
+            if cfg.moment == "collective":
+                threading.Timer(0.002, at, ("collective", cfg)).start()
+            return exchange(wishes, mine)
+
+        Files.write, Wishes.exchange = slow_write, late_exchange
+
+    def __call__(self, run, info):
+        if info.step == run.total_steps:
+            at("after the last step", self.cfg)
 
 
 def leave_at(step):
@@ -155,10 +214,10 @@ def losses(folder):
 
 recipe = Recipe(
     config=NoisyConfig,
-    data=tiny.data,
+    data=data,
     model=model,
-    loss=tiny.loss,
-    evaluate=tiny.evaluate,
+    loss=loss,
+    evaluate=evaluate,
     optimizer=lambda model, cfg: OPTIMIZERS[cfg.optimizer](model.parameters(), cfg),
     schedule=lambda step, total, cfg: SCHEDULES[cfg.schedule](step, total, cfg),
     augment=augment,

@@ -1,5 +1,6 @@
 """When a run saves, what stays, what it goes on from, and what it refuses to."""
 
+import errno
 import json
 import os
 import shutil
@@ -23,6 +24,7 @@ from torch import nn
 from worlds import WORLD, belongs_to
 
 from scaletrain import CheckpointError, Data, load_weights, main, start, train
+from scaletrain.checkpoint.files import Files
 from scaletrain.checkpoint.format import dump
 from scaletrain.checkpoint.load import load_new
 from scaletrain.checkpoint.saver import Saver
@@ -539,6 +541,48 @@ def test_a_restart_by_the_launcher_after_leaving_leaves_again_at_once(tmp_path, 
 def test_numbers_of_checkpoints_that_cannot_work_are_refused(value, tmp_path, capsys):
     for option in ("--checkpoint-every", "--checkpoint-minutes", "--keep-last", "--keep-every"):
         assert f"{option} is" in ends_with(2, capsys, lambda option=option: run_tiny(tmp_path / "run", option, value))
+
+
+class Rows:
+    """A map-style dataset whose examples are read with noise, in the training process or in workers."""
+
+    def __init__(self, table):
+        self.table = {name: torch.as_tensor(column) for name, column in table.items()}
+
+    def __len__(self):
+        return 101
+
+    def __getitem__(self, i):
+        row = {name: column[i] for name, column in self.table.items()}
+        return row | {"x": row["x"] + 0.1 * torch.randn(5, dtype=torch.float64)}
+
+
+def test_another_number_of_workers_goes_on_with_the_same_bits(tmp_path):
+    recipe = replace(tiny.recipe, data=lambda cfg: Data(Rows(tiny.table()), tiny.table(53, seed=1)))
+    run_tiny(tmp_path / "whole", "--workers", 2, recipe=recipe)
+    run_tiny(tmp_path / "again", "--workers", 1, "--checkpoint-every", 7, "--keep-last", 9, recipe=recipe)
+    left_after(tmp_path / "again", 7)
+    run_tiny(tmp_path / "again", "--workers", 0, recipe=recipe)
+    assert_same_end(tmp_path / "whole", tmp_path / "again")
+
+
+def test_a_disk_that_fails_ends_the_run_with_3_and_it_goes_on_when_mended(tmp_path, capsys, monkeypatch):
+    run_tiny(tmp_path / "whole")
+    fsync, calls = Files.fsync, []
+
+    def failing(files, descriptor):
+        calls.append(descriptor)
+        if len(calls) == 9:  # in the third checkpoint
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        fsync(files, descriptor)
+
+    monkeypatch.setattr(Files, "fsync", failing)
+    said = ends_with(3, capsys, lambda: run_tiny(tmp_path / "run", "--checkpoint-every", 2))
+    assert "disk: Input/output error (on rank 0); the checkpoints there are untouched" in said
+    assert json.loads((tmp_path / "run/exit.json").read_text())["code"] == 3
+    run_tiny(tmp_path / "run", "--checkpoint-every", 2)
+    assert "going on after step 4" in capsys.readouterr().out
+    assert_same_end(tmp_path / "whole", tmp_path / "run")
 
 
 # several processes

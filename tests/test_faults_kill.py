@@ -69,6 +69,11 @@ class Trials:
         """How many steps have been recorded so far in this folder, on all ranks together."""
         return sum(path.read_bytes().count(b"\n") for path in self.home(world_size).glob("rank*.jsonl"))
 
+    def wait_for_steps(self, world_size, steps):
+        """Wait until so many steps are recorded, or the run is done: it may have had no more than its end to do."""
+        done = self.home(world_size) / "run/exit.json"
+        wait_for(lambda: self.steps(world_size) >= steps or done.exists())
+
     def check(self, world_size):
         """What went on did so at the newest committed step or later, and no step ever had other bits."""
         home = self.home(world_size)
@@ -124,7 +129,7 @@ def test_a_rank_killed_at_any_time_takes_the_others_down_by_name_and_loses_nothi
     kills, random = amount(200, 2), draw("C2")
     for _ in range(kills):
         trial, before, victim = trials.start(2), trials.steps(2), random.randrange(2)
-        wait_for(lambda before=before: trials.steps(2) > before)
+        trials.wait_for_steps(2, before + 1)
         time.sleep(random.uniform(0, 0.5))
         trial.kill(victim)
         codes = trial.codes(timeout=10)
@@ -145,7 +150,7 @@ def test_sigterm_to_any_rank_saves_the_same_step_on_all_and_leaves_with_75(trial
     for _ in range(signals):
         trial, before = trials.start(world_size), trials.steps(world_size)
         if random.random() < 0.8:
-            wait_for(lambda before=before: trials.steps(world_size) > before)
+            trials.wait_for_steps(world_size, before + 1)
         time.sleep(random.uniform(0, 0.3))
         trial.kill(random.randrange(world_size), how=signal.SIGTERM)
         codes = trial.codes()
@@ -168,7 +173,7 @@ def test_any_way_of_asking_is_heard_and_a_second_signal_does_no_harm(trials, how
     signals, random = amount(10, 1), draw(f"T2 {how}")
     for _ in range(signals):
         trial, before = trials.start(2), trials.steps(2)
-        wait_for(lambda before=before: trials.steps(2) > before)
+        trials.wait_for_steps(2, before + 1)
         time.sleep(random.uniform(0, 0.2))
         ask(trial, how, random)
         codes = trial.codes()
@@ -194,13 +199,42 @@ def ask(trial, how, random):
         trial.kill(how=number)
 
 
+@pytest.mark.parametrize("moment", noisy.MOMENTS if ALL else ["accumulating"])
+def test_whatever_a_sigterm_interrupts_is_finished_saved_and_gone_on_with(trials, moment):
+    signals = amount(10, 1)
+    for _ in range(signals):
+        codes = trials.start(2, "--moment", moment, "--micro-batch-size", 6).codes()
+        assert codes in ([75, 75], [0, 0]), (codes, trials.trial.said())
+        assert codes == [75, 75] or moment == "after the last step"
+        trials.check(2)
+        if codes == [75, 75]:
+            assert trials.start(2, "--micro-batch-size", 6).codes() == [0, 0]
+            trials.check(2)
+        trials.runs += 1
+    report(f"T3 SIGTERM while {moment}", signals, "the same step on all, all bits equal")
+
+
+def test_a_grace_too_short_for_the_save_costs_no_more_than_the_save(trials):
+    kills, random = amount(20, 1), draw("T4")
+    for _ in range(kills):
+        trial, before = trials.start(2, "--slow-disk", 0.3), trials.steps(2)
+        trials.wait_for_steps(2, before + 1)
+        trial.kill(how=signal.SIGTERM)
+        time.sleep(random.uniform(0.1, 0.8))
+        trial.kill()
+        trial.codes()
+        trials.check(2)
+    trials.finish(2)
+    report("T4 SIGKILL in the midst of the save that a SIGTERM asked for", kills, "all bits equal")
+
+
 def test_a_crash_loop_ends_with_the_bits_of_a_run_never_killed(trials):
     trials.max_steps, kills = CRASH_LOOP
     random = draw("C9")
     for _ in range(kills):
         until = trials.steps(2) + random.randint(2, 2 * trials.max_steps // kills - 4)
         trial = trials.start(2)
-        wait_for(lambda until=until: trials.steps(2) >= until)
+        trials.wait_for_steps(2, until)
         trial.kill()
         trial.codes()
         trials.check(2)
