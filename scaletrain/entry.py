@@ -1,5 +1,6 @@
 """From the command line to a trained model, and every way a run can end."""
 
+import contextlib
 import json
 import os
 import sys
@@ -142,6 +143,9 @@ def _record(run: Run | None, code: int, reason: str) -> None:
     The rank that fails first writes it; what then fails on the others is a consequence.
     """
     if run is not None:
+        if run.saver is not None and run.devices.world_size == 1 and code != INTERRUPTED:
+            with contextlib.suppress(Exception):  # with several processes the others could be waited for in vain
+                run.saver.wait()
         if not (run.folder / "exit.json").exists():
             write_json(run.folder / "exit.json", {"code": code, "reason": reason})
         run.tracking.close()

@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields, replace
 
 import numpy as np
@@ -28,7 +29,7 @@ from scaletrain.checkpoint.files import Files
 from scaletrain.checkpoint.format import dump
 from scaletrain.checkpoint.load import load_new
 from scaletrain.checkpoint.saver import Saver
-from scaletrain.checkpoint.verify import open_checkpoint
+from scaletrain.checkpoint.verify import open_checkpoint, verify
 from scaletrain.cli import main as command
 from scaletrain.order import Sequential
 from scaletrain.run.capture import captured
@@ -583,6 +584,20 @@ def test_a_disk_that_fails_ends_the_run_with_3_and_it_goes_on_when_mended(tmp_pa
     run_tiny(tmp_path / "run", "--checkpoint-every", 2)
     assert "going on after step 4" in capsys.readouterr().out
     assert_same_end(tmp_path / "whole", tmp_path / "run")
+
+
+def test_a_bug_in_the_recipe_does_not_cost_the_save_that_is_under_way(tmp_path, monkeypatch):
+    write = Files.write
+    monkeypatch.setattr(Files, "write", lambda files, *args: time.sleep(0.1) or write(files, *args))
+
+    def fail(run, info):
+        if info.step == 5:
+            raise ZeroDivisionError
+
+    recipe = replace(tiny.recipe, hooks=lambda cfg: [fail])
+    with pytest.raises(ZeroDivisionError):
+        main(recipe, ["--max-steps", "9", "--checkpoint-every", "4", "--out", str(tmp_path)])
+    verify(open_checkpoint(checkpoint(tmp_path, 4)))
 
 
 # several processes

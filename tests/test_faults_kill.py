@@ -52,8 +52,7 @@ class Trials:
 
     def start(self, world_size, *more):
         """Start the ranks of the next trial."""
-        done = self.home(world_size) / "run/exit.json"
-        if done.exists() and json.loads(done.read_text())["code"] == 0:
+        if is_done(self.home(world_size)):
             self.runs += 1
         home = self.home(world_size)
         home.mkdir(exist_ok=True)
@@ -71,8 +70,7 @@ class Trials:
 
     def wait_for_steps(self, world_size, steps):
         """Wait until so many steps are recorded, or the run is done: it may have had no more than its end to do."""
-        done = self.home(world_size) / "run/exit.json"
-        wait_for(lambda: self.steps(world_size) >= steps or done.exists())
+        wait_for(lambda: self.steps(world_size) >= steps or is_done(self.home(world_size)))
 
     def check(self, world_size):
         """What went on did so at the newest committed step or later, and no step ever had other bits."""
@@ -99,10 +97,16 @@ class Trials:
             assert (self.home(world_size) / "run" / name).read_bytes() == (whole / "run" / name).read_bytes()
 
 
+def is_done(home):
+    outcome = home / "run/exit.json"
+    try:
+        return json.loads(outcome.read_text())["code"] == 0
+    except FileNotFoundError:
+        return False
+
+
 def committed(home):
-    path = home / "committed"
-    if not (home / "run").exists():
-        return 0
+    """The newest step that a rank has said was committed."""
     path = home / "run" / "committed"
     return max((int(line) for line in path.read_text().split()), default=0) if path.exists() else 0
 

@@ -41,6 +41,7 @@ class Snapshot:
         self._places: dict[tuple[str, str], tuple[int, ...]] = {}
         self._host: dict[tuple[str, str], Tensor] = {}
         self._copied: torch.cuda.Event | None = None
+        self._sums: list[tuple[list[str], Tensor]] = []
         self.total_bytes = 0
         """Bytes of all ranks' shares together."""
         self.shares: list[Share] = []
@@ -58,7 +59,7 @@ class Snapshot:
             Share(part, name, self._copy(part, name, local_part(parts[part][name])), at)
             for (part, name), at in self._places.items()
         ]
-        self.replicas = _checksums(parts) if self._group is not None else {}
+        self._sums = _checksums(parts) if self._group is not None else []
         device = next((t.device for tensors in parts.values() for t in tensors.values() if t.is_cuda), None)
         self._copied = None if device is None else torch.cuda.current_stream(device).record_event()
 
@@ -66,13 +67,13 @@ class Snapshot:
         """Wait for the device; the saving thread does."""
         if self._copied is not None:
             self._copied.synchronize()
+        self.replicas = {
+            name: value for names, sums in self._sums for name, value in zip(names, sums.tolist(), strict=True)
+        }
 
     def _copy(self, part: str, name: str, source: Tensor) -> Tensor:
-        host = self._host.get((part, name))
-        if host is None:
-            host = torch.empty(source.shape, dtype=source.dtype, pin_memory=source.is_cuda)
-            self._host[part, name] = host
-        return host.copy_(source, non_blocking=source.is_cuda)
+        host = self._host[part, name] = _to_host(source, self._host.get((part, name)))
+        return host
 
     def _plan(self, parts: Parts) -> None:
         """Divide the writing anew where names, shapes or dtypes have changed on some rank."""
@@ -183,17 +184,27 @@ def _divide(parts: Parts, group: dist.ProcessGroup | None) -> tuple[dict[tuple[s
     return places, total
 
 
-def _checksums(parts: Parts) -> dict[str, int]:
-    """Add up the bits of every tensor that all ranks should hold alike; a single flipped bit shows."""
-    names, sums = [], []
+def _checksums(parts: Parts) -> list[tuple[list[str], Tensor]]:
+    """Add up the bits of every tensor that all ranks should hold alike; a single flipped bit shows.
+
+    Returns names and sums in host memory, by device; on CUDA they arrive when the device gets to it.
+    """
+    found: dict[torch.device, tuple[list[str], list[Tensor]]] = {}
     for part, tensors in parts.items():
         for name, tensor in tensors.items():
             if not is_sharded(tensor) and tensor.numel():
                 flat = tensor.detach().reshape(-1)
                 bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[flat.itemsize]
+                names, sums = found.setdefault(flat.device, ([], []))
                 names.append(f"{part} {name}")
-                sums.append(flat.view(bits).sum(dtype=torch.int64).cpu())  # waits for the device
-    return dict(zip(names, torch.stack(sums).tolist(), strict=True)) if sums else {}
+                sums.append(flat.view(bits).sum(dtype=torch.int64))
+    return [(names, _to_host(torch.stack(sums))) for names, sums in found.values()]
+
+
+def _to_host(tensor: Tensor, host: Tensor | None = None) -> Tensor:
+    if host is None:
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+    return host.copy_(tensor, non_blocking=tensor.is_cuda)
 
 
 def _bytes_of(tensor: Tensor) -> memoryview:
