@@ -15,7 +15,7 @@ CRASH_LOOP = (500, 50) if ALL else (60, 3)
 
 
 def argv(steps):
-    return ["--max-steps", steps, "--validate-every", 10]
+    return ["--max-steps", steps, "--validate-every", 10, "--micro-batch-size", 6]
 
 
 @pytest.fixture(scope="module")
@@ -207,12 +207,12 @@ def ask(trial, how, random):
 def test_whatever_a_sigterm_interrupts_is_finished_saved_and_gone_on_with(trials, moment):
     signals = amount(10, 1)
     for _ in range(signals):
-        codes = trials.start(2, "--moment", moment, "--micro-batch-size", 6).codes()
+        codes = trials.start(2, "--moment", moment).codes()
         assert codes in ([75, 75], [0, 0]), (codes, trials.trial.said())
         assert codes == [75, 75] or moment == "after the last step"
         trials.check(2)
         if codes == [75, 75]:
-            assert trials.start(2, "--micro-batch-size", 6).codes() == [0, 0]
+            assert trials.start(2).codes() == [0, 0]
             trials.check(2)
         trials.runs += 1
     report(f"T3 SIGTERM while {moment}", signals, "the same step on all, all bits equal")
