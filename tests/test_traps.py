@@ -38,7 +38,7 @@ def test_multi_cpu_in_a_config_silently_runs_one_and_multi_gpu_two(say_world, tm
 @pytest.mark.skipif(Version(version("accelerate")) < Version("1.15"), reason="older versions have no such trap")
 def test_under_torchrun_an_accelerator_without_cpu_true_would_train_alone(tmp_path):
     path = tmp_path / "alone.py"
-    path.write_text("from accelerate import Accelerator\nprint('SEES', Accelerator().num_processes)\n")
+    path.write_text("from accelerate import Accelerator\nprint(f'SEES {Accelerator().num_processes}')\n")
     assert launch(*TORCHRUN, path).stdout.count("SEES 1") == 2
 
 
