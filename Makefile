@@ -49,9 +49,12 @@ lint: .venv/.installed ## ruff and mypy --strict
 check: .venv/.installed ## train every recipe at its documented size and hold it to what it expects
 	@$(BIN)/python -m benchmarks.expectations
 
-bench: .venv/.installed ## measure what the loop costs, against loops written by hand
+bench: .venv/.installed ## measure the loop, saving and resuming beside other libraries (half an hour)
 	@$(BIN)/python -m benchmarks.step_overhead --out benchmarks/results/step_overhead.md
 	@$(BIN)/python -m benchmarks.order_cost --out benchmarks/results/order_cost.md
+	@$(BIN)/python -m benchmarks.checkpoint_stall --out benchmarks/results/checkpoint_stall.md
+	@$(BIN)/python -m benchmarks.resume_position --out benchmarks/results/resume_position.md
+	@$(BIN)/python -m benchmarks.kill_and_resume --out benchmarks/results/kill_and_resume.md
 
 clean: ## remove the environments and caches, not the runs
 	rm -rf .venv .venv-min .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

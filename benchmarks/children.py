@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 GIB = 1 << 30
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def in_child(
@@ -24,7 +25,7 @@ def in_child(
             resource.setrlimit(resource.RLIMIT_AS, (cap_bytes, cap_bytes))
 
     command = [sys.executable, "-m", module, *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2", "HF_HUB_OFFLINE": "1"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2", "PYTHONPATH": str(ROOT)}
     try:
         ended = subprocess.run(
             command,
