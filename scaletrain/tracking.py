@@ -76,8 +76,8 @@ class Tracking:
             known = {"id": run, "resume": "allow"} if run else {}
             self._tracker = WandBTracker("scaletrain", name=run_name, dir=str(self.folder), mode=mode, **known)
             self._tracker.start()
+            self._tracker.store_init_configuration(strict(config))  # older ones begin an offline run anew here
             self.tracker_run = str(getattr(self._tracker.tracker, "id", ""))
-            self._tracker.store_init_configuration(strict(config))
         except Exception as error:  # whatever a tracker does, training goes on
             self._drop_tracker(error)
         else:

@@ -748,9 +748,9 @@ def test_the_same_wandb_run_goes_on_without_double_steps(how, code, tmp_path):
         assert ended.returncode == wanted
         wait_for(lambda world=world[WORLD]: not any(belongs_to(process, world) for process in psutil.process_iter()))
     files = sorted((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
-    assert len(files) == 2
-    assert len({file.stem for file in files}) == 1  # the run's id
-    steps = [step for file in files for step in read_wandb(file)[0]]
+    told_there = {file: list(read_wandb(file)[0]) for file in files}
+    assert len({file.stem for file in files if told_there[file]}) == 1  # the run's id
+    steps = [step for there in told_there.values() for step in there]
     told = {json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()}
     assert len(steps) == len(set(steps))
     assert told == set(range(1, 21))
