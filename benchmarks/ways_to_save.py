@@ -275,7 +275,7 @@ class DiskAlone(Way):
     """The same bytes in order into one file, then fsync: what the disk takes."""
 
     def save(self, step: int) -> None:
-        block = memoryview(torch.rand(1 << 21).numpy()).cast("B")  # 8 MiB
+        block = memoryview(torch.rand(1 << 18).numpy()).cast("B")  # 1 MiB
         with (self.folder / f"{step}.bytes").open("wb", buffering=0) as file:
             for start in range(0, self.state.nbytes, len(block)):
                 file.write(block[: self.state.nbytes - start])
