@@ -13,7 +13,6 @@ import argparse
 import contextlib
 import os
 import shutil
-import statistics
 import sys
 import tempfile
 import time
@@ -95,8 +94,8 @@ class WhileSaving:
             for _, word in messages(told):
                 seconds += [time.perf_counter() - begun] if word == "done" else []
                 begun = time.perf_counter()
-        self.seconds = statistics.median(seconds)
-        """What a save takes, from its beginning to when it is complete."""
+        self.seconds = max(seconds)
+        """What a save takes at most, from its beginning to when it is complete."""
         self.whole = Told.by(self.job)
         self._reference: Told | None = None
 
@@ -192,6 +191,8 @@ def main() -> None:
         "* an epoch has 7 steps, the last of 4 examples; scaletrain's have 16 each, and an epoch may end inside one",
         "* exact: every step after resuming has the examples, loss and state (weights, moments) of the same program's",
         "  uninterrupted run to the last bit; differs: the first step that does not, and its loss there and here",
+        "* an orderly end: Accelerate, Lightning and the Trainer save and stop after the step, by their own means;",
+        "  scaletrain gets SIGTERM, and all its processes end together one step later",
         "* likely reasons are from reading the libraries' source; each program is in benchmarks/same_run.py",
         "* not measured: torchdata's StatefulDataLoader, with which Accelerate and Lightning can save the loader's",
         "  position; it is not among what this project installs",
