@@ -33,8 +33,8 @@ def sam_step(run: Run, micro_batches: list) -> StepInfo:
     loss = forward_backward(run, micro_batches)  # the gradient uphill ...
     with torch.no_grad():
         torch._foreach_copy_(weights, before)  # ... used at the weights themselves
-    grad_norm = run.clip_gradients()
-    return run.info(loss, grad_norm, run.update())
+    grad_norm = run.gradients.clip()
+    return run.info(loss, grad_norm, run.gradients.update())
 
 
 recipe = replace(cnn.recipe, config=SAMConfig)

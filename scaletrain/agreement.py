@@ -3,6 +3,7 @@
 In the main thread everything runs on the ``control`` group (gloo). No message is pickled.
 """
 
+import json
 from collections.abc import Callable
 from typing import NamedTuple, TypeVar
 
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from scaletrain.errors import InputError
+from scaletrain.errors import CheckpointError, InputError
 
 T = TypeVar("T")
 
@@ -43,22 +44,22 @@ class Wishes:
         self._held = NO_WISH  # heard by ``drain`` and not yet handed out
         self._flying: tuple[Tensor, dist.Work] | None = None
 
-    def exchange(self, mine: Wish) -> Wish:
-        """Return what was asked for at the call before; send this process's own wish.
-
-        Every rank must reach this line, once a step.
-        """
+    def read(self) -> Wish:
+        """Return what was asked for when the processes last sent their wishes, and what is held."""
         granted = self.drain()
         self._held = NO_WISH
+        return granted
+
+    def send(self, mine: Wish) -> None:
+        """Send this process's own wish. Every rank must reach this line."""
         if self._group is None:
             self._sent = mine
         else:
             wish = torch.tensor(mine, dtype=torch.int64)
             self._flying = (wish, dist.all_reduce(wish, dist.ReduceOp.MAX, self._group, async_op=True))
-        return granted
 
     def drain(self) -> Wish:
-        """Wait for the exchange in flight, if any; return what the next ``exchange`` will."""
+        """Wait for the wishes in flight, if any; return what the next ``read`` will."""
         if self._group is None:
             self.hold(self._sent)
             self._sent = NO_WISH
@@ -70,7 +71,7 @@ class Wishes:
         return self._held
 
     def hold(self, wish: Wish) -> None:
-        """Let the next ``exchange`` return ``wish`` as well."""
+        """Let the next ``read`` return ``wish`` as well."""
         if any(wish):
             self._held = Wish(*map(max, self._held, wish))
 
@@ -92,19 +93,23 @@ def gather_texts(text: str, group: dist.ProcessGroup | None) -> list[str]:
 
 
 def together(work: Callable[[], T], group: dist.ProcessGroup | None) -> T:
-    """Do ``work`` on every process; an InputError or OSError on any becomes the same InputError on all.
+    """Do ``work`` on every process; what it raises on one is raised on all.
 
-    Every rank must reach this line. Without it, the ranks that succeeded would wait for ever.
+    An InputError and a CheckpointError are raised as they are, an OSError as InputError. Every rank must reach this
+    line. Without it, the ranks that succeeded would wait for ever.
     """
     result: list[T] = []
-    error = ""
+    error = None
     try:
         result.append(work())
     except (InputError, OSError) as mistake:
-        error = str(mistake) or type(mistake).__name__
-    for said in gather_texts(error, group):
-        if said:
-            raise InputError(said)
+        error = ["", str(mistake) or type(mistake).__name__]
+    except CheckpointError as mistake:
+        error = [mistake.rule, str(mistake)]
+    for said in gather_texts(json.dumps(error), group):
+        if said != "null":
+            rule, message = json.loads(said)
+            raise CheckpointError(rule, message) if rule else InputError(message)
     return result[0]
 
 

@@ -210,7 +210,7 @@ def warm_up(run: Run) -> None:
     micro_batches = run.prepare_step(run.loader.first())
     for _ in range(2):
         forward_backward(run, micro_batches)
-    run.zero_grad()
+    run.gradients.zero()
     for buffer, before in buffers:
         buffer.copy_(before)
 

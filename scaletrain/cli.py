@@ -60,9 +60,13 @@ class Verify:
 
     def __call__(self) -> int:
         """Print a line for each checkpoint: ok, or file and rule."""
+        from scaletrain.checkpoint.format import MANIFEST, STEP_FOLDER
         from scaletrain.checkpoint.verify import newest_first, whole
 
-        paths = list(newest_first(_checkpoints(self.run))) or [self.run.resolve()]
+        paths = list(newest_first(_checkpoints(self.run)))
+        if not paths and not (STEP_FOLDER.fullmatch(self.run.resolve().name) or (self.run / MANIFEST).exists()):
+            raise CheckpointError("missing", f"{self.run}: missing: no checkpoints there")
+        paths = paths or [self.run.resolve()]
         bad = 0
         for path in paths:
             found = whole(path)
@@ -112,12 +116,10 @@ class Export:
         import torch
 
         from scaletrain.checkpoint.export import export
-        from scaletrain.checkpoint.verify import verify
 
         if self.to.exists():
             raise InputError(f"{self.to} is there already; name another file")
         found = _open(self.run)
-        verify(found)
         export(found, self.to, None if self.dtype == "same" else getattr(torch, DTYPES[self.dtype]))
         _say(f"weights of step {found.step}: {self.to}")
         return DONE
@@ -179,14 +181,17 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(DONE)
     except OSError as error:
-        _fail(INPUT, f"{error.filename or ''}: {error.strerror}")
+        _fail(INPUT, f"{error.filename}: {error.strerror}" if error.filename else str(error))
     sys.exit(code)
 
 
 def _open(path: Path) -> Checkpoint:
-    from scaletrain.checkpoint.verify import checkpoint_at, open_checkpoint
+    from scaletrain.checkpoint.verify import open_whole
 
-    return open_checkpoint(checkpoint_at(path))
+    found, skipped = open_whole(path)
+    for why in skipped:
+        print(f"skipped: {why}", file=sys.stderr)
+    return found
 
 
 def _try_open(path: Path) -> Checkpoint | CheckpointError:

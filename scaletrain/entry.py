@@ -24,7 +24,7 @@ from scaletrain.errors import (
     InputError,
     Preempted,
 )
-from scaletrain.folder import short, write_json
+from scaletrain.folder import record_exit, short
 from scaletrain.loop import train
 from scaletrain.recipe import Recipe
 from scaletrain.run import Result, Run, Step
@@ -122,11 +122,11 @@ def earlier_result(folder: Path) -> Result:
 def _end(run: Run | None, code: int, reason: str) -> NoReturn:
     """Say once why the run ended, on rank 0 where it failed too, and leave with ``code``."""
     if is_first_process():
-        _record(run, code, reason)
-        print(reason, file=sys.stderr, flush=True)
+        problem = _record(run, code, reason)
+        print(f"{reason}{problem}", file=sys.stderr, flush=True)
     elif run is not None and not _somebody_spoke(run):
-        _record(run, code, f"{reason} (on rank {run.devices.rank})")
-        print(f"{reason} (on rank {run.devices.rank})", file=sys.stderr, flush=True)
+        problem = _record(run, code, f"{reason} (on rank {run.devices.rank})")
+        print(f"{reason} (on rank {run.devices.rank}){problem}", file=sys.stderr, flush=True)
     _leave(code)
 
 
@@ -137,18 +137,25 @@ def _somebody_spoke(run: Run) -> bool:
     return (run.folder / "exit.json").exists()
 
 
-def _record(run: Run | None, code: int, reason: str) -> None:
-    """Leave the outcome in exit.json, which launch scripts read, and close what is open.
+def _record(run: Run | None, code: int, reason: str) -> str:
+    """Leave the outcome in exit.json and close what is open; return what could not be written, to be said too.
 
     The rank that fails first writes it; what then fails on the others is a consequence.
     """
-    if run is not None:
-        if run.saver is not None and run.devices.world_size == 1 and code != INTERRUPTED:
-            with contextlib.suppress(Exception):  # with several processes the others could be waited for in vain
-                run.saver.wait()
+    if run is None:
+        return ""
+    if run.saver is not None and run.devices.world_size == 1 and code != INTERRUPTED:
+        with contextlib.suppress(Exception):  # with several processes the others could be waited for in vain
+            run.saver.wait()
+    problem = ""
+    try:
         if not (run.folder / "exit.json").exists():
-            write_json(run.folder / "exit.json", {"code": code, "reason": reason})
+            record_exit(run.folder, code, reason)
+    except OSError as error:
+        problem = f"; exit.json could not be written: {error.strerror}"
+    with contextlib.suppress(CheckpointError):  # the last lines of metrics.jsonl, which going on would cut anyway
         run.tracking.close()
+    return problem
 
 
 def _leave(code: int) -> NoReturn:

@@ -15,7 +15,8 @@ import torch.distributed as dist
 
 from scaletrain.agreement import gather_texts, together
 from scaletrain.checkpoint.files import put_in_place
-from scaletrain.errors import InputError
+from scaletrain.devices import Devices
+from scaletrain.errors import PREEMPTED, InputError
 from scaletrain.order import seed_for
 
 ENVIRONMENT = "environment.json"
@@ -43,8 +44,12 @@ def agree_on_folder(out: str | None, name: str, group: dist.ProcessGroup | None)
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write ``content`` so that the file is either whole or not there; NaN becomes null, as JSON has none."""
     draft = path.with_name(f"{path.name}.{os.getpid()}.draft")
-    draft.write_text(json.dumps(strict(content), indent=2) + "\n")
-    put_in_place(draft, path)
+    try:
+        draft.write_text(json.dumps(strict(content), indent=2) + "\n")
+        put_in_place(draft, path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 def short(path: Path) -> str:
@@ -63,7 +68,7 @@ def strict(value: Any) -> Any:
     return value if value is None or isinstance(value, bool | int | str) else str(value)
 
 
-def describe_environment(world_size: int, device: str) -> dict[str, Any]:
+def describe_environment(devices: Devices) -> dict[str, Any]:
     """Return what a later reader needs to know about where a run ran; never environment variables."""
     packages = ("torch", "accelerate", "datasets", "safetensors", "numpy")
     return {
@@ -71,14 +76,28 @@ def describe_environment(world_size: int, device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "versions": {package: version(package) for package in packages},
-        "processes": world_size,
-        "device": device,
+        "processes": devices.world_size,
+        "device": devices.device.type,
+        "precision": devices.precision,
+        "threads": devices.threads,
     }
+
+
+def launch_id() -> str:
+    """Return what tells one launch from another, the same for the restarts of one."""
+    names = ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_RESTART_COUNT")
+    return " ".join(os.environ.get(name, "") for name in names).strip()
+
+
+def record_exit(folder: Path, code: int, reason: str) -> None:
+    """Write exit.json, which launch scripts read; ``launch`` is for ``left_before_restart``."""
+    launch = {"launch": launch_id()} if code == PREEMPTED else {}
+    write_json(folder / "exit.json", {"code": code, "reason": reason, **launch})
 
 
 def keep_source(folder: Path, source: str | None) -> None:
     """Copy the recipe's source as a record of what ran; nothing ever imports it."""
-    if source and Path(source).is_file():
+    if source and Path(source).is_file() and Path(source).resolve() != (folder / "recipe.py").resolve():
         shutil.copyfile(source, folder / "recipe.py")
 
 
@@ -121,6 +140,14 @@ def exit_code(folder: Path) -> int | None:
         return int(json.loads((folder / "exit.json").read_text())["code"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def left_before_restart(folder: Path) -> bool:
+    """Whether this very launch left because it was told to, and its launcher took that for a failure."""
+    if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0 or exit_code(folder) != PREEMPTED:
+        return False
+    said = json.loads((folder / "exit.json").read_text())
+    return bool(said.get("launch") == launch_id())
 
 
 def _check_token(folder: Path, token: str, rank: int) -> None:

@@ -25,7 +25,9 @@ def stop_when_not_finite(run: Run, info: StepInfo) -> None:
     skipped = run.newly_skipped()
     if not skipped:
         return
-    if run.scaler is not None and run.scaler.get_scale() >= 1:  # below 1 the fault is not the scale's
+    if (
+        run.gradients.scaler is not None and run.gradients.scaler.get_scale() >= 1
+    ):  # below 1 the fault is not the scale's
         run.log({"skipped": run.state.skipped})
         return
     first = info.step == 1

@@ -24,10 +24,10 @@ def train(run: Run) -> None:
             run.log(validate(run) | {"train_loss": run.mean_train_loss()})
         for hook in run.hooks:
             hook(run, info)
-    if "val" in run.held_out and run.state.validated_step < run.state.step:  # stopped between validations
+    if run.validation_missed():
         run.log(validate(run) | {"train_loss": run.mean_train_loss()})
     run.take_best()
-    if "test" in run.held_out and run.state.tested_step < run.state.step:
+    if run.test_due():
         run.log(validate(run, "test"))
 
 
@@ -43,8 +43,8 @@ def steps(run: Run) -> Iterator[StepInfo]:
 def train_step(run: Run, micro_batches: list[MicroBatch]) -> StepInfo:
     """Do one optimizer step on the mean loss of the whole global batch."""
     loss = forward_backward(run, micro_batches)
-    grad_norm = run.clip_gradients()
-    finite = run.update()
+    grad_norm = run.gradients.clip()
+    finite = run.gradients.update()
     return run.info(loss, grad_norm, finite)
 
 
@@ -54,15 +54,15 @@ def forward_backward(run: Run, micro_batches: list[MicroBatch]) -> Tensor:
     A micro-batch's own mean counts by its share of the step's examples, so that the parts add up to the mean
     over the global batch however it was divided, into micro-batches or over ranks.
     """
-    run.zero_grad()
+    run.gradients.zero()
     parts = []
     shares = run.shares(micro_batches)
     for i, ((batch, counted), share) in enumerate(zip(micro_batches, shares, strict=True)):
-        with run.exchanging_gradients(last=i == len(micro_batches) - 1):
+        with run.gradients.exchanging(last=i == len(micro_batches) - 1):
             with run.devices.autocast():
                 loss = run.recipe.loss(run.model, batch, run.cfg)
             part = weighted(loss, share if counted else 0.0)
-            run.backward(part)
+            run.gradients.backward(part)
         parts.append(part.detach())
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
 

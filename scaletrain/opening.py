@@ -1,6 +1,6 @@
 """Open the run's folder: at its beginning or where its checkpoint left off; and introduce the run."""
 
-import os
+import contextlib
 from dataclasses import asdict
 
 from scaletrain.agreement import Wishes, gather_texts, together
@@ -9,20 +9,31 @@ from scaletrain.checkpoint.format import FOLDER
 from scaletrain.checkpoint.retain import Keep, clear_leftovers
 from scaletrain.checkpoint.saver import Saver
 from scaletrain.checkpoint.verify import Checkpoint
-from scaletrain.errors import DONE, PREEMPTED, Finished, InputError, Preempted
+from scaletrain.errors import (
+    CHECKPOINT,
+    DONE,
+    INPUT,
+    PREEMPTED,
+    CheckpointError,
+    Finished,
+    InputError,
+    Preempted,
+)
 from scaletrain.folder import (
     ENVIRONMENT,
     agree_on_folder,
     describe_environment,
     exit_code,
     keep_source,
+    left_before_restart,
+    record_exit,
     short,
     write_json,
 )
 from scaletrain.loader import ColumnReader
 from scaletrain.run import Run
-from scaletrain.run.restore import restore, state_of
-from scaletrain.run.resume import changes, check_same, find
+from scaletrain.run.restore import asked_to_stop, restore, state_of
+from scaletrain.run.resume import changes, check_same, find, other_rounding
 from scaletrain.state import State
 from scaletrain.tracking import Tracking
 
@@ -32,17 +43,32 @@ MODEL_LINES = 20
 
 def open_folder(run: Run, name: str, source: str | None) -> None:
     """Make the run folder or go on in it, record what runs, and introduce it. Every rank must reach this line."""
+    devices = run.devices
+    run.folder = agree_on_folder(run.cfg.out, name, devices.control)
+    if gather_texts("left" if left_before_restart(run.folder) else "", devices.control)[0]:
+        raise Preempted(PREEMPTED)  # a later job goes on
+    try:
+        checkpoint, skipped = _go_on(run)
+        together(lambda: write_beginning(run, source, checkpoint) if devices.is_first else None, devices.control)
+    except (InputError, CheckpointError) as error:  # what the last job said is no longer how things stand
+        with contextlib.suppress(OSError):
+            if devices.is_first:
+                record_exit(run.folder, INPUT if isinstance(error, InputError) else CHECKPOINT, str(error))
+        raise
+    if devices.is_first:
+        _introduce(run, name, checkpoint, skipped)
+
+
+def _go_on(run: Run) -> tuple[Checkpoint | None, list[str]]:
+    """Bring the run to where a checkpoint left off, if there is one; return it, and what was skipped to find it."""
     devices, cfg = run.devices, run.cfg
-    run.folder = agree_on_folder(cfg.out, name, devices.control)
     code = int(gather_texts(str(exit_code(run.folder)), devices.control)[0].replace("None", "-1"))
-    if code == PREEMPTED and int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0:
-        raise Preempted(PREEMPTED)  # the launcher takes leaving for failing; a later job goes on
     checkpoint, skipped = find(run.folder, cfg.resume, devices.control, devices.is_first)
     own = checkpoint is not None and checkpoint.path.is_relative_to(run.folder)
-    started_before = (run.folder / ENVIRONMENT).exists()
     if checkpoint is not None:
         check_same(checkpoint, run.identity)
         state = state_of(checkpoint)
+        state.stop_reason = state.stop_reason or asked_to_stop(checkpoint)
         if own and code == DONE and (state.stop_reason or state.step >= run.total_steps):
             raise Finished(run.folder, how_to_go_on(run, state))
         restore(run, checkpoint)
@@ -54,12 +80,14 @@ def open_folder(run: Run, name: str, source: str | None) -> None:
     run.saver = Saver(run.folder / FOLDER, copying=devices.control, writing=devices.checkpoint, keep=keep)
     if checkpoint is not None and own:
         run.saver.resumed(checkpoint)
-    together(lambda: write_beginning(run, source, checkpoint) if devices.is_first else None, devices.control)
-    if not devices.is_first:
-        return
+    return checkpoint, skipped
+
+
+def _introduce(run: Run, name: str, checkpoint: Checkpoint | None, skipped: list[str]) -> None:
+    """Say what runs and what it goes on from, and connect the tracker; rank 0 does."""
     for why in skipped:
         run.tracking.warn(f"skipped a checkpoint: {why}")
-    if started_before and checkpoint is None:
+    if run.started_before and checkpoint is None:
         run.tracking.warn(f"{short(run.folder)} held a run that was never saved; it starts over")
     for line in introduction(run, name):
         run.tracking.say(line)
@@ -68,16 +96,18 @@ def open_folder(run: Run, name: str, source: str | None) -> None:
     if checkpoint is not None:
         for line in continuation(run, checkpoint):
             run.tracking.say(line)
-    tracker_run = str(checkpoint.state["tracker"]) if checkpoint is not None and own else ""
-    run.tracking.start_tracker(cfg.track, name, asdict(cfg), tracker_run)
+    own = checkpoint is not None and checkpoint.path.is_relative_to(run.folder)
+    run.tracking.start_tracker(
+        run.cfg.track, name, asdict(run.cfg), str(checkpoint.state["tracker"]) if checkpoint is not None and own else ""
+    )
 
 
 def branch_off(run: Run) -> None:
     """Let a run that goes on from another's checkpoint find a best of its own, and stop for reasons of its own."""
     state = run.state
     state.best, state.best_step, state.best_metrics = None, -1, {}
-    state.validations_without_progress, state.stop_reason, run.asked = 0, "", ""
-    run.wishes = Wishes(run.devices.control)
+    state.validations_without_progress, state.stop_reason, run.requests.stop = 0, "", ""
+    run.requests.wishes = Wishes(run.devices.control)
 
 
 def how_to_go_on(run: Run, state: State) -> str:
@@ -97,16 +127,22 @@ def continuation(run: Run, checkpoint: Checkpoint) -> list[str]:
     """Say where the run goes on, and with what other options than before."""
     epochs = run.state.samples_seen / run.examples
     where = f"going on after step {run.state.step} (epoch {epochs:.4g}) from {short(checkpoint.path)}"
-    different = changes(run, checkpoint)
-    return [where, *([f"changed since: {', '.join(different)}"] if different else [])]
+    lines = [where]
+    if different := changes(run, checkpoint):
+        lines.append(f"changed since: {', '.join(different)}")
+    if rounding := other_rounding(run, checkpoint):
+        lines.append(f"the same examples and curve, but not the same last bits: {', '.join(rounding)}")
+    return lines
 
 
 def write_beginning(run: Run, source: str | None, checkpoint: Checkpoint | None) -> None:
     """Record what runs, and open the files of the run folder, cut back to the checkpoint it goes on from."""
+    run.started_before = (run.folder / ENVIRONMENT).exists()
     (run.folder / "exit.json").unlink(missing_ok=True)
     (run.folder / "result.json").unlink(missing_ok=True)
+    # first the file by which a folder is known as a run's
+    write_json(run.folder / ENVIRONMENT, describe_environment(run.devices))
     write_json(run.folder / "config.json", asdict(run.cfg))
-    write_json(run.folder / ENVIRONMENT, describe_environment(run.devices.world_size, str(run.devices.device)))
     keep_source(run.folder, source)
     if (run.folder / FOLDER).is_dir():
         clear_leftovers(Files(), run.folder / FOLDER)

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from scaletrain.errors import CheckpointError
-from scaletrain.folder import strict
+from scaletrain.folder import strict, write_json
 
 PLAIN_LINE_SECONDS = 10
 """Without a terminal, training says where it is at most this often; validations always print."""
@@ -34,6 +34,7 @@ class Tracking:
     ) -> None:
         """``keep`` counts the lines of metrics.jsonl and timing.jsonl that stay from before."""
         self.folder, self.by_epoch = folder, by_epoch
+        self._told = Told(folder) if folder else None
         self._metrics = JsonLines(folder / "metrics.jsonl", keep[0]) if folder else None
         self._timing = JsonLines(folder / "timing.jsonl", keep[1]) if folder else None
         self.tracker_run = ""
@@ -66,10 +67,11 @@ class Tracking:
     def start_tracker(self, track: str, name: str, config: Mapping[str, Any], run: str = "") -> None:
         """Connect the tracker that ``--track`` names; wandb is offline unless it has a key or WANDB_MODE says more.
 
-        ``run`` is the ``tracker_run`` of before: it goes on, and steps it has been told of are not told again.
+        ``run`` is the ``tracker_run`` of before: it goes on, and lines it has been told are not told again.
         """
-        if self.folder is None or track == "none":
+        if self.folder is None or self._told is None or self._metrics is None or track == "none":
             return
+        run = self._told.run or run
         mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
         try:
             run_name = f"{name}/{self.folder.name}"
@@ -78,6 +80,7 @@ class Tracking:
             self._tracker.start()
             self._tracker.store_init_configuration(strict(config))  # older ones begin an offline run anew here
             self.tracker_run = str(getattr(self._tracker.tracker, "id", ""))
+            self._told.begin(self.tracker_run, self._metrics.count)
         except Exception as error:  # whatever a tracker does, training goes on
             self._drop_tracker(error)
         else:
@@ -85,11 +88,12 @@ class Tracking:
 
     def log(self, values: Mapping[str, float], *, step: int, epoch: float, samples_seen: int) -> None:
         """Record figures of this step: a line in metrics.jsonl, the tracker, the console."""
-        if self._metrics is None:
+        if self._metrics is None or self._told is None:
             return
+        known = self._metrics.count < self._told.lines
         self._metrics.add({"step": step, "epoch": epoch, "samples_seen": samples_seen, **values})
-        if self._tracker is not None and step > self._metrics.told_step:
-            self._metrics.flush()  # the file is never behind the tracker, so it knows which steps that was told
+        if self._tracker is not None and not known:
+            self._metrics.flush()  # the file is never behind the tracker, so it tells which lines that knows
             try:
                 self._tracker.log(dict(values), step=step)
             except Exception as error:  # whatever a tracker does, training goes on
@@ -125,6 +129,37 @@ class Tracking:
         self.warn(f"the tracker failed and is off from here on ({why}); metrics.jsonl has everything")
 
 
+class Told:
+    """How many lines of metrics.jsonl the tracker knows, through any number of kills: ``tracker.json``.
+
+    Line k of a run that goes on is the line k of before, so none is told twice and none is left out.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Call it before metrics.jsonl is cut: whatever was in there while a tracker listened, it was told."""
+        self._path = folder / "tracker.json"
+        self.run, self.lines = "", 0
+        try:
+            note = json.loads(self._path.read_text())
+            self.run, self.lines = str(note["run"]), int(note["lines"])
+            if note["listening"]:
+                self.lines = max(self.lines, (folder / "metrics.jsonl").read_bytes().count(b"\n"))
+            self._write(listening=False)
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, KeyError, TypeError):  # unreadable: the tracker gets a run of its own
+            self.run, self.lines = "", 0
+
+    def begin(self, run: str, lines: int) -> None:
+        """Take note of the tracker's run; a new one is told what comes after the first ``lines``."""
+        if run != self.run:
+            self.run, self.lines = run, lines
+        self._write(listening=True)
+
+    def _write(self, *, listening: bool) -> None:
+        write_json(self._path, {"run": self.run, "lines": self.lines, "listening": listening})
+
+
 class JsonLines:
     """A file of one JSON object a line, written about once a second: a line at a time would cost 30 us more.
 
@@ -134,8 +169,6 @@ class JsonLines:
     def __init__(self, path: Path, keep: int = 0) -> None:
         self._path = path
         before = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-        self.told_step = max(map(_step_of, before[keep:]), default=-1)
-        """The last step of the lines that were cut off."""
         self.count = min(keep, len(before))
         """Lines there are, the pending ones included."""
         path.open("ab").close()
@@ -161,13 +194,6 @@ class JsonLines:
                 raise CheckpointError("disk", f"{self._path}: disk: {error.strerror}; start again to go on") from None
             self._pending.clear()
         self._flushed = time.monotonic()
-
-
-def _step_of(line: bytes) -> int:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):  # a line that a power cut left half written
-        return -1
 
 
 class StepLine:

@@ -25,7 +25,7 @@ from scaletrain.checkpoint.verify import newest_whole
 from scaletrain.errors import CheckpointError
 
 FORKING = multiprocessing.get_context("forkserver")
-FORKING.set_forkserver_preload(["scaletrain.checkpoint.saver", "torch.distributed.checkpoint.default_planner"])
+FORKING.set_forkserver_preload(["scaletrain.entry", "torch.distributed.checkpoint.default_planner"])
 
 
 class Killing(Watched):

@@ -248,7 +248,7 @@ _VALUES = [
     ("state", STATE, ("skipped",), [..., -1, 6, "0", 0.5]),
     ("state", STATE, ("lines",), [..., "31", [3, -1], [3, 1, 0]]),
     ("state", STATE, ("tracker",), [..., None]),
-    ("state", STATE, ("unfinished",), [..., {"epoch": 0.5}, {"epoch": 0.5, "lr": 0.1}]),
+    ("state", STATE, ("unfinished",), [..., {"epoch": 0.5}, {"epoch": 0.5, "lr": 0.1, "dtypes": ["float32"]}]),
     ("state", STATE, ("ranks",), [[], [{"loss": 0.0, "asked": ""}] * 2, {"0": {"loss": 0.0, "asked": ""}}]),
     ("state", STATE, ("ranks",), [[{"loss": "0", "asked": ""}], [{"loss": 0.0, "asked": 1}], [None]]),
     ("state", STATE, ("optimizer",), [..., {}]),
@@ -266,6 +266,7 @@ _VALUES = [
     ("names", STATE, ("hooks", "Mean"), [{}, []]),
     ("names", STATE, ("hooks", "Mean", "total"), [1]),
     ("state", STATE, ("hooks", "Mean", "total", "__tensor__"), ["Mean.x", "Mean.big", [], None]),
+    ("state", STATE, ("hooks", "Mean", "total", "on"), [..., 0, None]),
 ]
 _TENSORS = {
     "a tensor missing": ("names", tensors(MODEL, less("2.bias"))),

@@ -111,19 +111,19 @@ class Moments:
 
     def __init__(self, cfg):
         self.cfg = cfg
-        write, exchange = Files.write, Wishes.exchange
+        write, send = Files.write, Wishes.send
 
         def slow_write(files, descriptor, content):
             at("saving", cfg)
             time.sleep(cfg.slow_disk)
             return write(files, descriptor, content)
 
-        def late_exchange(wishes, mine):
+        def late_send(wishes, mine):
             if cfg.moment == "collective":
                 threading.Timer(0.002, at, ("collective", cfg)).start()
-            return exchange(wishes, mine)
+            send(wishes, mine)
 
-        Files.write, Wishes.exchange = slow_write, late_exchange
+        Files.write, Wishes.send = slow_write, late_send
 
     def __call__(self, run, info):
         if info.step == run.total_steps:

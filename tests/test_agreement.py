@@ -34,31 +34,38 @@ def test_texts_and_errors_of_one_rank_reach_all_and_rank_0_goes_first(shared_pat
 STOP = Wish(stop=2, save=1)
 
 
+def exchange(wishes, mine):
+    """What a step does: hear what was asked for before, and ask."""
+    granted = wishes.read()
+    wishes.send(mine)
+    return granted
+
+
 @pytest.mark.world_size(3)
 def test_wishes_arrive_one_step_late_on_every_rank():
     wishes = Wishes(set_up().control)
     heard = []
     for step in range(6):
         mine = {0: Wish(save=1), 1: Wish(stop=2)}.get(dist.get_rank(), NO_WISH) if step == 3 else NO_WISH
-        heard.append(wishes.exchange(mine))
+        heard.append(exchange(wishes, mine))
     assert wishes.drain() == NO_WISH
     assert heard == [NO_WISH, NO_WISH, NO_WISH, NO_WISH, STOP, NO_WISH]
 
 
 def test_with_one_process_wishes_arrive_at_the_same_step():
     wishes = Wishes(None)
-    heard = [wishes.exchange(STOP if step == 3 else NO_WISH) for step in range(6)]
+    heard = [exchange(wishes, STOP if step == 3 else NO_WISH) for step in range(6)]
     assert heard == [NO_WISH, NO_WISH, NO_WISH, NO_WISH, STOP, NO_WISH]
 
 
 @pytest.mark.world_size(2)
-def test_what_is_heard_early_is_handed_out_by_the_next_exchange():
+def test_what_is_heard_early_is_handed_out_by_the_next_read():
     wishes = Wishes(set_up().control)
-    wishes.exchange(Wish(save=1) if dist.get_rank() == 1 else NO_WISH)
+    wishes.send(Wish(save=1) if dist.get_rank() == 1 else NO_WISH)
     assert wishes.drain() == wishes.drain() == Wish(save=1)
     wishes.hold(Wish(stop=1))
-    assert wishes.exchange(NO_WISH) == Wish(stop=1, save=1)
-    assert wishes.exchange(NO_WISH) == NO_WISH
+    assert wishes.read() == Wish(stop=1, save=1)
+    assert wishes.read() == NO_WISH
 
 
 def test_with_one_process_errors_become_input_errors_as_well():

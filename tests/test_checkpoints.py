@@ -93,21 +93,6 @@ def test_without_a_number_of_steps_the_best_and_the_end_are_saved(tmp_path):
     assert steps_in(tmp_path) == [10, 20]
 
 
-def test_rank_0s_clock_asks_for_checkpoints_too(tmp_path):
-    run_tiny(tmp_path, "--checkpoint-minutes", 1e-9, "--keep-last", 99, recipe=measured_by({}))
-    assert steps_in(tmp_path) == list(range(2, 21))  # granted one step late
-
-
-def test_sigusr1_asks_for_one_checkpoint(tmp_path):
-    def ask(run, info):
-        if info.step == 7:
-            os.kill(os.getpid(), signal.SIGUSR1)
-
-    quiet = replace(measured_by({20: 0.5}), hooks=lambda cfg: [ask])
-    run_tiny(tmp_path, "--keep-last", 99, recipe=replace(quiet, evaluate=None))
-    assert 9 in steps_in(tmp_path)
-
-
 def test_a_damaged_checkpoint_never_counts_among_the_last(tmp_path):
     def damage(run, info):
         if info.step == 12:
@@ -183,9 +168,9 @@ def test_every_counter_is_saved_and_comes_back(tmp_path):
 
 def test_the_fp16_scaler_goes_on_where_it_was(tmp_path):
     run = start(tiny.recipe, tiny.TinyConfig(out=str(tmp_path), max_steps=3, checkpoint_every=1))
-    run.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=7)
+    run.gradients.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=7)
     train(run)
-    scale, tracker = run.scaler.get_scale(), run.scaler._get_growth_tracker()
+    scale, tracker = run.gradients.scaler.get_scale(), run.gradients.scaler._get_growth_tracker()
     assert tracker == 3
     left_after_three = start(tiny.recipe, tiny.TinyConfig(out=str(tmp_path / "b"), max_steps=3))
     left_after_three.scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=7)

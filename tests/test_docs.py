@@ -20,7 +20,7 @@ from launching import ROOT, launch
 from scaletrain import main
 from scaletrain.checkpoint.load import load_new
 from scaletrain.checkpoint.saver import Saver
-from scaletrain.checkpoint.verify import checkpoint_at, open_checkpoint
+from scaletrain.checkpoint.verify import open_checkpoint, open_whole
 from scaletrain.devices import set_up
 from scaletrain.state import State
 
@@ -148,10 +148,10 @@ def same(one, other):
 def test_the_pages_reader_reads_what_scaletrain_reads(tmp_path):
     recipe = replace(tiny.recipe, hooks=lambda cfg: [Average()])
     main(recipe, ["--max-steps", "3", "--out", str(tmp_path / "run")])
-    found = read_by_the_page(checkpoint_at(tmp_path / "run"), tmp_path)
+    found = read_by_the_page(open_whole(tmp_path / "run")[0].path, tmp_path)
     assert {part: len(tensors) for part, tensors in found[1].items()} == {"model": 4, "optimizer": 12, "hooks": 2}
     assert found[1]["hooks"]["Average.mean"].any()
-    assert same(found, read_by_scaletrain(checkpoint_at(tmp_path / "run")))
+    assert same(found, read_by_scaletrain(open_whole(tmp_path / "run")[0].path))
 
 
 @pytest.mark.world_size(2)
@@ -167,7 +167,7 @@ def test_the_pages_reader_puts_together_what_two_processes_wrote_and_refuses_wha
     saver.wait()
     if not devices.is_first:
         return
-    folder = checkpoint_at(shared_path)
+    folder = open_whole(shared_path)[0].path
     found = read_by_the_page(folder, tmp_path)
     assert same(found, ({"unfinished": None}, {"model": whole | alike}))
     assert same(found, read_by_scaletrain(folder))
@@ -204,7 +204,7 @@ def rows(title):
 
 def test_the_page_lists_every_field_there_is_and_no_other(tmp_path):
     main(tiny.recipe, ["--max-steps", "1", "--out", str(tmp_path / "run")])
-    folder = checkpoint_at(tmp_path / "run")
+    folder = open_whole(tmp_path / "run")[0].path
     assert rows("manifest.json") == list(json.loads((folder / "manifest.json").read_text()))
     assert rows("state.json") == list(json.loads((folder / "state.json").read_text()))
     (counters,) = re.findall(r"^\| `state` \|(.*)", section("state.json"), re.MULTILINE)

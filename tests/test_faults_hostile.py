@@ -50,7 +50,7 @@ from scaletrain.checkpoint.export import WEIGHTS, export, load_weights
 from scaletrain.checkpoint.format import JSON_VALUES, Manifest, Piece, dump, make_header
 from scaletrain.checkpoint.load import check_tensors, load
 from scaletrain.checkpoint.saver import Saver
-from scaletrain.checkpoint.verify import Checkpoint, checkpoint_at, newest_whole, open_checkpoint, verify
+from scaletrain.checkpoint.verify import Checkpoint, newest_whole, open_checkpoint, open_whole, verify
 from scaletrain.devices import set_up
 from scaletrain.errors import CheckpointError
 from scaletrain.run.capture import captured
@@ -221,7 +221,7 @@ def test_what_is_well_hashed_but_not_this_runs_is_refused(rule, attack, folder, 
 
 @pytest.mark.parametrize("finite", [True, "yes"])
 def test_an_unfinished_step_is_read_unless_it_is_of_another_kind(finite, folder, read):
-    put(STATE, ("unfinished",), {"epoch": 0.5, "lr": 0.1})(folder)
+    put(STATE, ("unfinished",), {"epoch": 0.5, "lr": 0.1, "dtypes": ["float32", "float32"]})(folder)
     put(STATE, ("ranks",), [{"loss": 0.0, "asked": "", "step": [0.5, None, finite]}])(folder)
     if finite is True:
         read(folder)
@@ -344,7 +344,7 @@ def test_folders_that_are_links_or_files_are_refused(folder, outside, reader, tm
     refused(newest_whole, steps, "folder")
     (tmp_path / "circle").symlink_to("circle")
     for path in (tmp_path / "circle", tmp_path / ("a" * 5000)):
-        refused(checkpoint_at, path, "missing")
+        refused(open_whole, path, "missing")
     (tmp_path / WEIGHTS).symlink_to(outside / MODEL)
     refused(lambda path: load_weights(reader.module, path), tmp_path, "file")
     counted["B4"] += 7

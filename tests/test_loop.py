@@ -220,7 +220,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all(shared_path
 def test_a_scaler_skips_an_overflow_and_finds_a_scale_that_works(tmp_path):
     steep = replace(tiny.recipe, loss=lambda model, batch, cfg: 16 * tiny.loss(model, batch, cfg))
     run, plain = (started(tmp_path / name, steep, optimizer="sgd", lr=1e-3) for name in "ab")
-    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=10**6)
+    run.gradients.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=10**6)
     finite = [bool(info.finite) for info in steps(run)]
     skipped = finite.index(True)
     assert skipped >= 1
@@ -389,7 +389,7 @@ def test_the_validation_after_an_early_stop_may_be_the_best(tmp_path):
 
 def test_a_nan_that_no_scale_can_mend_is_an_error_under_a_scaler(tmp_path):
     run = started(tmp_path, replace(tiny.recipe, loss=lambda m, b, c: tiny.loss(m, b, c) * float("nan")), max_steps=60)
-    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    run.gradients.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
     with pytest.raises(FloatingPointError, match="in 10 of the steps up to 20"):
         train(run)
 

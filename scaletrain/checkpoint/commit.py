@@ -8,7 +8,6 @@ import contextlib
 import json
 import os
 import secrets
-import stat
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -16,9 +15,18 @@ import torch.distributed as dist
 
 from scaletrain.agreement import gather_texts
 from scaletrain.checkpoint.files import Files
-from scaletrain.checkpoint.format import MANIFEST, STATE, Listed, Manifest, folder_descriptor, step_folder
+from scaletrain.checkpoint.format import (
+    MANIFEST,
+    STATE,
+    Listed,
+    Manifest,
+    folder_descriptor,
+    regular_file,
+    step_folder,
+)
 from scaletrain.checkpoint.retain import Keep, discard, prune
 from scaletrain.checkpoint.tensors import Snapshot, write_file, write_shares
+from scaletrain.checkpoint.verify import is_valid
 from scaletrain.errors import CheckpointError
 
 SPARE_BYTES = 1 << 20
@@ -106,16 +114,21 @@ class Commit:
     def _publish(self, step: int, temporary: Path, said: list[str]) -> str:
         files = {name: Listed(*entry) for text in said for name, entry in json.loads(text)["files"].items()}
         for name, (size, _) in files.items():
-            found = (temporary / name).stat()
-            if found.st_size != size or not stat.S_ISREG(found.st_mode):
-                raise CheckpointError(
-                    "size", f"{temporary / name}: size: {found.st_size:,} bytes, {size:,} were written"
-                )
+            with (
+                folder_descriptor(temporary) as folder,
+                regular_file(folder, name, f"{temporary / name}") as (_, found),
+            ):
+                if found != size:
+                    raise CheckpointError("size", f"{temporary / name}: size: {found:,} bytes, {size:,} were written")
         manifest = Manifest(step, self._world_size, files).to_json()
         write_file(self._files, temporary / MANIFEST, [memoryview(manifest)])
         self._files.fsync_folder(temporary)
         final = self.folder / step_folder(step)
         if final.exists():  # a damaged one that resuming skipped
+            if is_valid(final):
+                raise CheckpointError(
+                    "exists", f"{final}: exists: another process works in this folder; stop one of them"
+                )
             discard(self._files, final)
         self._files.rename(temporary, final)
         self._files.fsync_folder(self.folder)

@@ -1,16 +1,20 @@
 """From a checkpoint to one file of weights with plain names, and from such a file into a network."""
 
+import contextlib
 import os
+import secrets
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from scaletrain.checkpoint.files import put_in_place
-from scaletrain.checkpoint.format import folder_descriptor, read_header, regular_file
+from scaletrain.checkpoint.files import Files, put_in_place
+from scaletrain.checkpoint.format import folder_descriptor, make_header, read_header, regular_file
 from scaletrain.checkpoint.load import check_bools, load, load_new
-from scaletrain.checkpoint.verify import Checkpoint, checkpoint_at, open_checkpoint, verify
+from scaletrain.checkpoint.tensors import bytes_of, write_file
+from scaletrain.checkpoint.verify import Checkpoint, open_whole
 from scaletrain.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
@@ -28,8 +32,9 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     if os.path.lexists(path / WEIGHTS):  # a link in a folder is not followed, unlike one that the caller names
         path = path / WEIGHTS
     elif path.is_dir():
-        checkpoint = open_checkpoint(checkpoint_at(path))
-        verify(checkpoint)
+        checkpoint, skipped = open_whole(path)
+        for why in skipped:
+            warnings.warn(f"skipped a newer checkpoint: {why}", stacklevel=2)
         load(checkpoint, "model", tensors)
         return model
     else:
@@ -62,21 +67,18 @@ def export(checkpoint: Checkpoint, path: Path, dtype: torch.dtype | None = None)
     save_tensors(path, tensors)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a safetensors file that is whole or not there, readable as the umask says."""
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    draft = path.with_name(path.name + ".draft")
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], files: Files | None = None) -> None:
+    """Write a safetensors file that is whole or not there. Raises OSError."""
+    files = files or Files()
+    header = make_header({name: (t.dtype, tuple(t.shape), None) for name, t in tensors.items()})
+    draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.draft")
     try:
-        save_file(dict(tensors), draft, metadata={"format": "pt"})
-    except SafetensorError as error:  # as safetensors calls a full disk
-        draft.unlink(missing_ok=True)
-        raise OSError(f"cannot write {path}: {error}") from None
-    umask = os.umask(0)
-    os.umask(umask)
-    draft.chmod(0o666 & ~umask)  # safetensors leaves 0600
-    put_in_place(draft, path)
+        write_file(files, draft, [memoryview(header), *(bytes_of(tensor) for tensor in tensors.values())])
+        put_in_place(draft, path, files)
+    except OSError:
+        with contextlib.suppress(OSError):
+            files.unlink(draft)
+        raise
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -60,9 +60,9 @@ class Files:
             os.close(descriptor)
 
 
-def put_in_place(draft: Path, path: Path) -> None:
+def put_in_place(draft: Path, path: Path, files: Files | None = None) -> None:
     """Give a complete file its name, so that a power cut leaves the old one or the new one, never half of it."""
-    files = Files()
+    files = files or Files()
     files.fsync_file(draft)
     files.rename(draft, path)
     files.fsync_folder(path.parent)

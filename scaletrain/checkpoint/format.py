@@ -257,10 +257,14 @@ def read_header(descriptor: int, size: int, what: str) -> dict[str, Piece]:
     return pieces
 
 
-def make_header(pieces: Mapping[str, tuple[torch.dtype, tuple[int, ...], tuple[int, ...]]]) -> bytes:
-    """Return the header for pieces (dtype, shape, offsets) that follow one another in this order."""
-    offsets = {name: {OFFSETS: list(at)} for name, (_, _, at) in pieces.items()}
-    content: dict[str, Any] = {"__metadata__": {"format": "pt", SHARDING: json.dumps(offsets)}}
+def make_header(pieces: Mapping[str, tuple[torch.dtype, tuple[int, ...], tuple[int, ...] | None]]) -> bytes:
+    """Return the header for pieces (dtype, shape, offsets) that follow one another in this order.
+
+    Offsets are None where each piece is a whole tensor of a file that stands alone.
+    """
+    offsets = {name: {OFFSETS: list(at)} for name, (_, _, at) in pieces.items() if at is not None}
+    sharding = {SHARDING: json.dumps(offsets)} if offsets else {}
+    content: dict[str, Any] = {"__metadata__": {"format": "pt", **sharding}}
     end = 0
     for name, (dtype, shape, _) in pieces.items():
         start, end = end, end + prod(shape) * dtype.itemsize

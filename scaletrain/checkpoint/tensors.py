@@ -103,7 +103,7 @@ def write_shares(files: Files, folder: Path, rank: int, shares: list[Share]) -> 
         pieces = {share.name: share for share in shares if share.part == part}
         header = make_header({n: (s.tensor.dtype, tuple(s.tensor.shape), s.offsets) for n, s in pieces.items()})
         name = f"{part}-{rank:05d}.safetensors"
-        data = [memoryview(header), *(_bytes_of(share.tensor) for share in pieces.values())]
+        data = [memoryview(header), *(bytes_of(share.tensor) for share in pieces.values())]
         written[name] = write_file(files, folder / name, data)
     return written
 
@@ -207,5 +207,6 @@ def _to_host(tensor: Tensor, host: Tensor | None = None) -> Tensor:
     return host.copy_(tensor, non_blocking=tensor.is_cuda)
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of a contiguous tensor in host memory, without a copy."""
     return tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")

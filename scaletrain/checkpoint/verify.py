@@ -125,16 +125,20 @@ def newest_whole(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, []
 
 
-def checkpoint_at(path: Path) -> Path:
-    """Return the checkpoint that a user means: one itself, or the newest whole one of a run's folder."""
+def open_whole(path: Path) -> tuple[Checkpoint, list[str]]:
+    """Open and verify the checkpoint that a user means: one itself, or the newest whole one of a run's folder.
+
+    Also returns which newer ones were skipped and why. Raises CheckpointError.
+    """
     path = Path(os.path.realpath(path))
     if os.path.lexists(path / MANIFEST) or STEP_FOLDER.fullmatch(path.name):
-        return path
-    folder = path if path.name == FOLDER else path / FOLDER
-    checkpoint, _ = newest_whole(folder)
+        found = open_checkpoint(path)
+        verify(found)
+        return found, []
+    checkpoint, skipped = newest_whole(path if path.name == FOLDER else path / FOLDER)
     if checkpoint is None:
         raise CheckpointError("missing", f"{path}: missing: neither a checkpoint nor a run's folder with some")
-    return checkpoint.path
+    return checkpoint, skipped
 
 
 def _sha256(folder: int, name: str, checkpoint: Checkpoint) -> str:

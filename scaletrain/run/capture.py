@@ -29,11 +29,12 @@ def captured(run: Run, unfinished: StepInfo | None = None) -> tuple[dict[str, di
     from here begins with that. Raises CheckpointError, on all ranks, for a state that cannot be saved. Every rank
     must reach this line.
     """
-    granted = run.wishes.drain().stop
-    own: dict[str, Any] = {"loss": number(run.losses), "asked": run.asked}
+    granted = run.requests.wishes.drain().stop
+    own: dict[str, Any] = {"loss": number(run.losses), "asked": run.requests.stop}
     if unfinished is not None:
         norm = unfinished.grad_norm
         own["step"] = [number(unfinished.loss), None if norm is None else number(norm), bool(unfinished.finite)]
+        dtypes = [str(value.dtype).removeprefix("torch.") for value in (unfinished.loss, norm) if value is not None]
     optimizer: dict[str, Tensor] = {}
     hooks: dict[str, Tensor] = {}
     kept: dict[str, Any] = {}
@@ -43,29 +44,47 @@ def captured(run: Run, unfinished: StepInfo | None = None) -> tuple[dict[str, di
         states = {name: taken_apart(hook.state_dict(), name, hooks) for name, hook in stateful_hooks(run).items()}
     except CheckpointError as error:
         own["error"] = [error.rule, str(error)]
-    ranks = [json.loads(text) for text in gather_texts(json.dumps(own), run.devices.control)]
+    shapes = {name: f"{tensor.dtype} {tuple(tensor.shape)}" for name, tensor in hooks.items()}
+    said = gather_texts(json.dumps([own, shapes]), run.devices.control)
+    ranks = [own for own, _ in map(json.loads, said)]
     for rank in ranks:
         if "error" in rank:
             raise CheckpointError(*rank["error"])
+    _check_alike([shapes for _, shapes in map(json.loads, said)])
     run.devices.broadcast_buffers(run.module)
     facts = {
         "state": numbers(run.state.to_dict()),
         "metrics": numbers(run.metrics),
         "ranks": ranks,
-        "skipped": int(run.skipped),
+        "skipped": int(run.gradients.skipped),
         "stopping": ranks[granted - 1]["asked"] if granted else "",
-        "unfinished": None if unfinished is None else {"epoch": unfinished.epoch, "lr": unfinished.lr},
+        "unfinished": None
+        if unfinished is None
+        else {"epoch": unfinished.epoch, "lr": unfinished.lr, "dtypes": dtypes},
         "lines": list(run.tracking.lines if unfinished is None else run.lines),
         "tracker": run.tracking.tracker_run,
         "optimizer": kept,
-        "scaler": None if run.scaler is None else run.scaler.state_dict(),
+        "scaler": None if run.gradients.scaler is None else run.gradients.scaler.state_dict(),
         "hooks": states,
         "identity": run.identity,
         "config": strict(asdict(run.cfg)),
         "total_steps": run.total_steps,
-        "environment": describe_environment(run.devices.world_size, str(run.devices.device)),
+        "environment": describe_environment(run.devices),
     }
     return {"model": named_tensors(run.module), "optimizer": optimizer, "hooks": hooks}, facts
+
+
+def _check_alike(shapes: list[dict[str, str]]) -> None:
+    """Raise CheckpointError where the ranks' hooks keep other tensors: what is saved is the same for all."""
+    for rank, other in enumerate(shapes):
+        for name in sorted(shapes[0].keys() | other.keys()):
+            if shapes[0].get(name) != other.get(name):
+                there = [found.get(name, "missing") for found in (shapes[0], other)]
+                raise CheckpointError(
+                    "state",
+                    f"the state of hook {name} is {there[0]} on rank 0 and {there[1]} on rank {rank}; every process "
+                    "must keep tensors of the same names, shapes and dtypes",
+                )
 
 
 def stateful_hooks(run: Run) -> dict[str, Any]:
@@ -97,7 +116,7 @@ def taken_apart(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         while path in tensors:  # of {"a.b": ...} and {"a": {"b": ...}}
             path += "'"
         tensors[path] = value
-        return {TENSOR: path}
+        return {TENSOR: path, "on": value.device.type}
     if isinstance(value, dict) and TENSOR not in value and all(isinstance(key, str) for key in value):
         return {key: taken_apart(item, f"{path}.{key}", tensors) for key, item in value.items()}
     if isinstance(value, list):

@@ -9,8 +9,8 @@ from scaletrain.checkpoint.export import WEIGHTS, export, named_tensors
 from scaletrain.checkpoint.format import FOLDER, step_folder
 from scaletrain.checkpoint.load import load
 from scaletrain.checkpoint.verify import open_checkpoint, whole
-from scaletrain.errors import DONE
-from scaletrain.folder import short, write_json
+from scaletrain.errors import DONE, CheckpointError
+from scaletrain.folder import record_exit, short, write_json
 from scaletrain.recipe import unmet
 from scaletrain.run.info import Result
 
@@ -39,11 +39,20 @@ def take_best(run: Run) -> None:
 
 
 def write_outcome(run: Run) -> None:
-    """Export the weights and write result.json, then exit.json; rank 0 does."""
+    """Export the weights and write result.json, then exit.json; rank 0 does. Raises CheckpointError for a full disk."""
+    try:
+        _write_outcome(run)
+    except OSError as error:
+        where = error.filename or run.folder
+        again = "the checkpoints are untouched; when it is mended, start again to export them"
+        raise CheckpointError("disk", f"{where}: disk: {error.strerror or error}; {again}") from None
+
+
+def _write_outcome(run: Run) -> None:
     export(open_checkpoint(run.folder / FOLDER / step_folder(run.result_step)), run.folder / WEIGHTS)
     outcome = {"metrics": run.metrics, **run.state.to_dict(), "expect_missed": unmet(run.recipe.expect, run.metrics)}
     write_json(run.folder / "result.json", outcome)
-    write_json(run.folder / "exit.json", {"code": DONE, "reason": run.state.stop_reason or "done"})
+    record_exit(run.folder, DONE, run.state.stop_reason or "done")
 
 
 def say_outcome(run: Run) -> Result:

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 PARTS = ("model", "optimizer", "hooks")
 """What the names of a checkpoint's files of tensors begin with."""
+FLOATS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ANOTHER_MODEL = ("names", "shape", "dtype", "optimizer", "hooks")
 """Rules that a whole checkpoint violates when the recipe has changed."""
 
@@ -57,6 +58,13 @@ def state_of(checkpoint: Checkpoint) -> State:
         return read_state(checkpoint.state["state"], checkpoint.step)
 
 
+def asked_to_stop(checkpoint: Checkpoint) -> str:
+    """Return why some process had asked for the end of training when the checkpoint was taken; "" if none had."""
+    with _as_written(checkpoint):
+        asked = [checkpoint.state["stopping"], *(rank["asked"] for rank in checkpoint.state["ranks"])]
+        return next(filter(None, map(_text, asked)), "")
+
+
 @contextmanager
 def _as_written(checkpoint: Checkpoint) -> Iterator[None]:
     """Turn what goes wrong with a content that no run has written into a CheckpointError that names the file."""
@@ -83,20 +91,20 @@ def _restore(run: Run, checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
     _check_optimizer(facts["optimizer"], run.built)
     restore_state(run.module, run.optimizer, facts["optimizer"], lambda tensors: load(checkpoint, "optimizer", tensors))
     load(checkpoint, "model", named_tensors(run.module))
-    if run.scaler is not None and facts["scaler"] is not None:  # after the optimizer (accelerate #4289)
-        own = run.scaler.state_dict()
+    if run.gradients.scaler is not None and facts["scaler"] is not None:  # after the optimizer (accelerate #4289)
+        own = run.gradients.scaler.state_dict()
         if facts["scaler"].keys() != own.keys() or not all(_is_like(facts["scaler"][name], own[name]) for name in own):
             raise ValueError(f"the scaler is {facts['scaler']!a}")
-        run.scaler.load_state_dict(facts["scaler"])
-    _restore_hooks(stateful_hooks(run), facts["hooks"], load_new(checkpoint, "hooks"))
+        run.gradients.scaler.load_state_dict(facts["scaler"])
+    _restore_hooks(stateful_hooks(run), facts["hooks"], load_new(checkpoint, "hooks"), run.devices.device)
     run.metrics = {name: as_float(value) for name, value in facts["metrics"].items()}
-    run.skipped.fill_(_count(facts["skipped"], "skipped", most=checkpoint.step))
+    run.gradients.skipped.fill_(_count(facts["skipped"], "skipped", most=checkpoint.step))
     same = len(ranks) == run.devices.world_size
     mine = ranks[run.devices.rank] if same else _merged(ranks) if run.devices.is_first else {"loss": 0.0, "asked": ""}
     run.losses.fill_(as_float(mine["loss"]))
-    run.asked = _text(facts["stopping"]) or _text(mine["asked"])
+    run.requests.stop = _text(facts["stopping"]) or _text(mine["asked"])
     if facts["stopping"]:
-        run.wishes.hold(Wish(stop=1))
+        run.requests.wishes.hold(Wish(stop=1))
     if facts["unfinished"] is not None:
         run.handed_out = _unfinished(run, facts, ranks, mine if same else None)
     _text(facts["tracker"])  # the caller takes these two
@@ -115,10 +123,12 @@ def _check_optimizer(saved: dict[str, Any], built: list[dict[str, Any]]) -> None
                 raise ValueError(f"the optimizer's {key} is {value!a}")
 
 
-def _restore_hooks(hooks: dict[str, Any], states: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+def _restore_hooks(
+    hooks: dict[str, Any], states: dict[str, Any], tensors: dict[str, Tensor], device: torch.device
+) -> None:
     if hooks.keys() != states.keys():
         raise CheckpointError("hooks", f"hooks: it has the state of {sorted(states)}, this run has {sorted(hooks)}")
-    complete = {name: _put_together(states[name], tensors) for name in hooks}
+    complete = {name: _put_together(states[name], tensors, device) for name in hooks}
     if tensors:
         raise CheckpointError("names", f"names: no hook has the tensor {next(iter(tensors))!a}")
     for name, hook in hooks.items():
@@ -137,13 +147,14 @@ def _unfinished(run: Run, facts: dict[str, Any], ranks: list[dict[str, Any]], mi
     device, state = run.devices.device, run.state
     loss = as_float(mine["step"][0]) if mine else sum(as_float(r["step"][0]) for r in ranks) / run.devices.world_size
     norm, finite = ranks[0]["step"][1:]
+    dtypes = [FLOATS[name] for name in facts["unfinished"]["dtypes"]]
     return StepInfo(
         step=state.step,
         epoch=as_float(facts["unfinished"]["epoch"]),
         samples_seen=state.samples_seen,
         lr=as_float(facts["unfinished"]["lr"]),
-        loss=torch.tensor(loss, device=device),
-        grad_norm=None if norm is None else torch.tensor(as_float(norm), device=device),
+        loss=torch.tensor(loss, dtype=dtypes[0], device=device),
+        grad_norm=None if norm is None else torch.tensor(as_float(norm), dtype=dtypes[1], device=device),
         finite=torch.tensor(_flag(finite), device=device),
     )
 
@@ -184,13 +195,14 @@ def _merged(ranks: list[dict[str, Any]]) -> dict[str, Any]:
     return {"loss": number(sum(as_float(rank["loss"]) for rank in ranks)), "asked": asked[0] if asked else ""}
 
 
-def _put_together(value: Any, tensors: dict[str, Tensor]) -> Any:
-    """Undo ``_taken_apart``; each tensor is taken out of ``tensors`` once."""
+def _put_together(value: Any, tensors: dict[str, Tensor], device: torch.device) -> Any:
+    """Undo ``taken_apart``; each tensor is taken out of ``tensors`` once, those not of the CPU go to ``device``."""
     if isinstance(value, dict):
-        if value.keys() == {TENSOR}:
-            return tensors.pop(value[TENSOR])
-        return {key: _put_together(item, tensors) for key, item in value.items()}
-    return [_put_together(item, tensors) for item in value] if isinstance(value, list) else value
+        if value.keys() == {TENSOR, "on"}:
+            tensor = tensors.pop(value[TENSOR])
+            return tensor.to(device) if _text(value["on"]) != "cpu" else tensor
+        return {key: _put_together(item, tensors, device) for key, item in value.items()}
+    return [_put_together(item, tensors, device) for item in value] if isinstance(value, list) else value
 
 
 def as_float(value: Any) -> float:

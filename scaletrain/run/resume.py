@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from scaletrain.agreement import gather_texts
+from scaletrain.agreement import gather_texts, together
 from scaletrain.checkpoint.format import FOLDER
-from scaletrain.checkpoint.verify import Checkpoint, checkpoint_at, newest_first, newest_whole, open_checkpoint, verify
+from scaletrain.checkpoint.verify import Checkpoint, newest_first, newest_whole, open_checkpoint, open_whole
 from scaletrain.config import NOT_LEARNED_FROM, Config
-from scaletrain.errors import CheckpointError, InputError
-from scaletrain.folder import short, strict
+from scaletrain.errors import InputError
+from scaletrain.folder import describe_environment, short, strict
 from scaletrain.order import Order
 from scaletrain.run.restore import start_anew
 
@@ -33,23 +33,16 @@ def find(
     Rank 0 looks and verifies, the others follow. Raises CheckpointError where there are some but none is whole,
     InputError where ``resume`` asks for what cannot be. Every rank must reach this line.
     """
-    answer: dict[str, Any] = {}
-    if first:
+
+    def look() -> tuple[Path | None, list[str]]:
         try:
-            path, skipped = _choose(folder, resume)
-            answer = {"path": str(path or ""), "skipped": skipped}
-        except InputError as error:
-            answer = {"input": str(error)}
+            return _choose(folder, resume) if first else (None, [])
         except OSError as error:
-            answer = {"input": f"cannot read the checkpoints of {short(folder)}: {error.strerror}"}
-        except CheckpointError as error:
-            answer = {"checkpoint": str(error), "rule": error.rule}
-    answer = json.loads(gather_texts(json.dumps(answer), group)[0])
-    if "input" in answer:
-        raise InputError(answer["input"])
-    if "checkpoint" in answer:
-        raise CheckpointError(answer["rule"], answer["checkpoint"])
-    return (open_checkpoint(Path(answer["path"])) if answer["path"] else None), answer["skipped"]
+            raise InputError(f"cannot read the checkpoints of {short(folder)}: {error.strerror}") from None
+
+    path, skipped = together(look, group)
+    path, skipped = json.loads(gather_texts(json.dumps([str(path or ""), skipped]), group)[0])
+    return (open_checkpoint(Path(path)) if path else None), skipped
 
 
 def _choose(folder: Path, resume: str) -> tuple[Path | None, list[str]]:
@@ -60,9 +53,8 @@ def _choose(folder: Path, resume: str) -> tuple[Path | None, list[str]]:
     if resume == "never":
         return None, []
     if not started and resume != "auto":
-        path = checkpoint_at(Path(resume))
-        verify(open_checkpoint(path))
-        return path, []
+        found, skipped = open_whole(Path(resume))
+        return found.path, skipped
     checkpoint, skipped = newest_whole(own)
     if resume != "auto" and checkpoint is not None:
         asked = Path(resume).resolve()
@@ -117,3 +109,22 @@ def changes(run: Run, checkpoint: Checkpoint) -> list[str]:
     if total != run.total_steps:
         found.append(f"total steps {total} -> {run.total_steps}")
     return found
+
+
+def other_rounding(run: Run, checkpoint: Checkpoint) -> list[str]:
+    """Say what differs of that which the last bits depend on: processes, threads, device, versions."""
+    saved = checkpoint.state.get("environment")
+    before, now = (_flat(one) for one in (saved, describe_environment(run.devices)))
+    config = checkpoint.state.get("config")
+    if isinstance(config, dict) and "compile" in config:
+        before["compile"], now["compile"] = config["compile"], run.cfg.compile
+    return [f"{name} {before[name]} -> {now[name]}" for name in now if name in before and before[name] != now[name]]
+
+
+def _flat(environment: Any) -> dict[str, Any]:
+    """Return what of an environment the arithmetic depends on."""
+    if not isinstance(environment, dict):
+        return {}
+    versions = environment.get("versions")
+    found = {name: environment[name] for name in ("processes", "threads", "device", "precision") if name in environment}
+    return found | ({"torch": versions["torch"]} if isinstance(versions, dict) and "torch" in versions else {})

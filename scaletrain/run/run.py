@@ -2,31 +2,31 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import isfinite
 from pathlib import Path
-from signal import SIGINT
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn, optim
-from torch.nn.utils import clip_grad_norm_
 
-from scaletrain.agreement import NO_WISH, Wish, Wishes, gather_texts, together
+from scaletrain.agreement import gather_texts, together
 from scaletrain.checkpoint.format import dump
 from scaletrain.checkpoint.saver import Saver
-from scaletrain.checkpoint.tensors import is_sharded, local_part
+from scaletrain.checkpoint.tensors import local_part
 from scaletrain.config import Config
-from scaletrain.devices import NOTHING, Devices, seed_generators
-from scaletrain.errors import INTERRUPTED, PREEMPTED, InputError, Preempted
+from scaletrain.devices import Devices, seed_generators
+from scaletrain.errors import InputError, Preempted
 from scaletrain.loader import HeldOut, Loader, MicroBatch, length
 from scaletrain.optimizers import base_values, hyperparameters, set_factors
 from scaletrain.order import MASK, STRIDE, seed_for
 from scaletrain.recipe import Batch, Data, Hook, Metric, Recipe
 from scaletrain.run.capture import captured
 from scaletrain.run.ending import say_outcome, take_best, write_outcome
+from scaletrain.run.gradients import Gradients
 from scaletrain.run.info import Result, StepInfo
+from scaletrain.run.requests import Requests
 from scaletrain.signals import Signals
 from scaletrain.state import State
 from scaletrain.tracking import Tracking
@@ -69,71 +69,39 @@ class Run:
     saver: Saver | None = None
     """Writes the checkpoints; None until the run has a folder."""
     signals: Signals = field(default_factory=Signals)
+    started_before: bool = False
+    """Whether the folder already held a run."""
     paused_seconds: float = 0.0
     """Time spent in validation so far, which throughput leaves out."""
 
     def __post_init__(self) -> None:
-        self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
-        self._sharded = any(map(is_sharded, self.parameters))
-        sparse = any(getattr(module, "sparse", False) for module in self.module.modules())
-        self._plain = not sparse and all(p.dtype == torch.float32 for p in self.parameters)
-        self.scaler = self.devices.accelerator.scaler
+        self.gradients = Gradients(self.module, self.model, self.optimizer, self.devices, self.cfg.max_grad_norm)
+        self.requests = Requests(self.devices, self.signals, self.cfg.checkpoint_minutes)
         self._seed = seed_for(self.cfg.seed, 3, self.devices.rank)
         self._base = base_values(self.optimizer)
-        fused = getattr(self.optimizer, "_step_supports_amp_scaling", False)
-        self._skips_on_device = fused and self.devices.device.type == "cuda"
-        self._one = torch.ones((), device=self.devices.device)
-        self._true = torch.ones((), dtype=torch.bool, device=self.devices.device)
-        self._found = torch.zeros((), device=self.devices.device)
         self.losses = torch.zeros((), dtype=self.devices.sums_in, device=self.devices.device)
         """Sum of this process's shares of the loss since ``state.train_loss_from``."""
-        self.skipped = torch.zeros((), device=self.devices.device)
-        """Steps skipped that ``state.skipped`` does not count yet."""
         self.built = hyperparameters(self.optimizer)
-        self.wishes = Wishes(self.devices.control)
-        self.asked = ""
-        """Why this process asks for the end of training, if it does."""
         self.handed_out: StepInfo | None = None
         """The step that the caller of ``steps`` is busy with."""
         self.lines = (0, 0)
         """Lines of metrics.jsonl and timing.jsonl when it was handed out."""
-        self._save_granted = False
-        self._save_at = time.monotonic() + 60 * self.cfg.checkpoint_minutes
         self.result_step = -1
         """Step whose weights are the result of the run, once training is over."""
+        self._due_with: list[tuple[int, int]] = []
+        """The weights as they were when a validation was found due; empty outside of such a one."""
 
     def stopping(self) -> bool:
         """Whether a stop that some process asked for a step ago is due. Every rank must reach this line."""
         self.signals.training = True
-        granted = self._listen()
-        if granted.stop:
-            self.state.stop_reason = gather_texts(self.asked, self.devices.control)[granted.stop - 1]
-        return bool(self.state.stop_reason)
-
-    def _listen(self) -> Wish:
-        """Tell the others what this process was asked for, and do what all have agreed on."""
-        return self._heed(self.wishes.exchange(self._wish()))
-
-    def _heed(self, granted: Wish) -> Wish:
-        if granted is NO_WISH:
-            return granted
+        granted = self.requests.exchange(failed=self.saver is not None and self.saver.failure is not None)
         if granted.failed and self.saver is not None:
             self.saver.wait()
-        if granted.leave:
+        if granted.leave and self.saver is not None:
             self.leave(granted.leave)
-        if granted.save:
-            self._save_granted, self.signals.save = True, False
-        return granted
-
-    def _wish(self) -> Wish:
-        signals, saver = self.signals, self.saver
-        due = self.devices.is_first and time.monotonic() > self._save_at
-        failed = saver is not None and saver.failure is not None
-        if not (due or self.asked or signals.leave or signals.save or failed):
-            return NO_WISH
-        leave = 0 if saver is None or not signals.leave else INTERRUPTED if signals.leave == SIGINT else PREEMPTED
-        stop = 1 + self.devices.rank if self.asked else 0
-        return Wish(stop, int(due or signals.save), leave, int(failed))
+        if granted.stop:
+            self.state.stop_reason = gather_texts(self.requests.stop, self.devices.control)[granted.stop - 1]
+        return bool(self.state.stop_reason)
 
     def leave(self, code: int) -> NoReturn:
         """Save this very step and raise Preempted, on all processes. Every rank must reach this line."""
@@ -170,59 +138,6 @@ class Run:
         total = self.devices.sum(weights.sum())
         return list(weights / total.clamp(min=torch.finfo(dtype).tiny))
 
-    def zero_grad(self) -> None:
-        """Forget the gradients, without the 8 us that ``optimizer.zero_grad()`` takes on a small model."""
-        for parameter in self.parameters:
-            parameter.grad = None
-
-    def exchanging_gradients(self, last: bool) -> AbstractContextManager[None]:
-        """Average gradients over processes in the last micro-batch only; forward and backward go inside."""
-        if last or self.devices.world_size == 1:
-            return NOTHING
-        return self.devices.accelerator.no_sync(self.model)  # type: ignore[no-any-return]  # accelerate has no types
-
-    def backward(self, part: Tensor) -> None:
-        """Add the gradient of this process's part of the mean loss; the exchange averages, so it is scaled up."""
-        if self.devices.world_size > 1:
-            part = part * self.devices.world_size
-        (part if self.scaler is None else self.scaler.scale(part)).backward()
-
-    def clip_gradients(self) -> Tensor | None:
-        """Scale the gradient down to ``max_grad_norm``; return its norm before, 0-d."""
-        if self.scaler is not None:
-            self.scaler.unscale_(self.optimizer)
-        if self.cfg.max_grad_norm is None:
-            return None
-        return clip_grad_norm_(self.parameters, self.cfg.max_grad_norm)
-
-    def update(self) -> Tensor:
-        """Update the weights unless a gradient is NaN or infinite; return whether it was finite, 0-d bool.
-
-        The gradient is averaged by now, or the flag is shared, so every process decides alike. Optimizers that
-        take ``found_inf`` skip on the device; for others on an accelerator this waits for the device.
-        """
-        found = self._found.zero_()
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if self._sharded:
-            gradients = [local_part(gradient) for gradient in gradients]
-        if self._plain:  # 3 us on a small model, where a norm takes 25
-            torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, self._one)
-        else:
-            found.copy_(any_not_finite(gradients))
-        if self._sharded:  # each rank has seen its own part alone
-            self.devices.sum(found)
-        if self.scaler is not None:
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        elif self._skips_on_device:
-            self.optimizer.found_inf = found  # type: ignore[attr-defined]  # what torch's GradScaler does
-            self.optimizer.step()
-        elif not found.item():
-            self.optimizer.step()
-            return self._true
-        self.skipped += found
-        return found == 0
-
     def info(self, loss: Tensor, grad_norm: Tensor | None, finite: Tensor) -> StepInfo:
         """Describe the step just done: ``loss`` is this process's share of the mean."""
         samples_seen = self.state.samples_seen + self.cfg.batch_size
@@ -250,11 +165,27 @@ class Run:
 
     def validation_due(self, info: StepInfo) -> bool:
         """Whether to validate: as soon as an epoch is complete, or every ``validate_every`` steps; and at the end."""
-        if "val" not in self.held_out or info.step == self.total_steps:
-            return "val" in self.held_out
-        if self.cfg.validate_every is not None:
-            return info.step % self.cfg.validate_every == 0
-        return info.samples_seen // self.examples > (info.samples_seen - self.cfg.batch_size) // self.examples
+        every, seen = self.cfg.validate_every, info.samples_seen
+        epoch_done = seen // self.examples > (seen - self.cfg.batch_size) // self.examples
+        due = epoch_done if every is None else info.step % every == 0
+        return self._due("val", due or info.step == self.total_steps)
+
+    def validation_missed(self) -> bool:
+        """Whether training ended between two validations."""
+        return self._due("val", self.state.validated_step < self.state.step)
+
+    def test_due(self) -> bool:
+        """Whether the test examples have not been measured with the final weights yet."""
+        return self._due("test", self.state.tested_step < self.state.step)
+
+    def _due(self, split: str, due: bool) -> bool:
+        due = due and split in self.held_out
+        self._due_with = self._weights() if due else []
+        return due
+
+    def _weights(self) -> list[tuple[int, int]]:
+        """Tell whether the weights are still the same tensors and nothing has been written to them."""
+        return [(p.data_ptr(), p._version) for p in map(local_part, self.module.parameters())]
 
     def mean(self, share: Tensor) -> float:
         """Add up the processes' shares of a mean. Waits for the device; every rank must reach this line."""
@@ -268,8 +199,8 @@ class Run:
 
     def newly_skipped(self) -> int:
         """Count the steps skipped since the last call. Waits for the device."""
-        new = int(self.skipped)
-        self.skipped.zero_()
+        new = int(self.gradients.skipped)
+        self.gradients.skipped.zero_()
         self.state.skipped += new
         return new
 
@@ -285,7 +216,7 @@ class Run:
         self.module.eval()
         try:
             # what FSDP2 gathers in inference mode it cannot train with
-            with torch.no_grad() if self._sharded else torch.inference_mode():
+            with torch.no_grad() if self.gradients.sharded else torch.inference_mode():
                 yield
         finally:
             for module, training in modes:
@@ -295,10 +226,12 @@ class Run:
     def evaluate(self, batch: Batch) -> dict[str, Metric]:
         """Return the recipe's figures of a batch; without ``evaluate``, its mean loss.
 
-        A long validation listens too: told to leave, it does not go on to its end. Every rank must reach this line.
+        A long validation listens too: told to leave, it does not go on to its end, unless it is one of a hook's
+        own or with other weights, which are not to be saved. Every rank must reach this line.
         """
-        told = Wish(leave=self._wish().leave)  # a stop asked for meanwhile is not granted sooner for it
-        self.wishes.hold(self._heed(self.wishes.exchange(told)))
+        code = self.requests.told_to_leave()
+        if code and self.saver is not None and self._due_with and self._due_with == self._weights():
+            self.leave(code)
         with self.devices.autocast():
             if self.recipe.evaluate is None:
                 return {"loss": self.recipe.loss(self.module, batch, self.cfg)}
@@ -310,6 +243,7 @@ class Run:
 
     def measured(self, split: str, figures: dict[str, float]) -> dict[str, float]:
         """Keep what a validation or test found; return it with the split's name in front: ``val_loss``."""
+        self._due_with = []
         metrics = {f"{split}_{name}": value for name, value in figures.items()}
         self.metrics.update(metrics)
         if split == "test":
@@ -337,12 +271,16 @@ class Run:
 
     def stop(self, reason: str) -> None:
         """Ask, on any process, that training end; all processes end together, one step later."""
-        self.asked = self.asked or reason
+        self.requests.stop = self.requests.stop or reason
 
     def save_due(self, info: StepInfo) -> bool:
         """Whether to save after this step: its number, the best score, the clock or a signal asks for it."""
         every = self.cfg.checkpoint_every
-        return self._save_granted or self.state.best_step == info.step or (every is not None and info.step % every == 0)
+        return (
+            self.requests.save_granted
+            or self.state.best_step == info.step
+            or (every is not None and info.step % every == 0)
+        )
 
     def save(self, unfinished: StepInfo | None = None) -> None:
         """Begin to save this step; training goes on when all is copied. Every rank must reach this line.
@@ -355,11 +293,11 @@ class Run:
         tensors, facts = captured(self, unfinished)
         beside = [self.folder / name for name in ("metrics.jsonl", "timing.jsonl")] if self.devices.is_first else []
         self.saver.save(self.state.step, tensors, dump(facts), beside=beside, best_step=self.state.best_step)
-        self._save_granted, self._save_at = False, time.monotonic() + 60 * self.cfg.checkpoint_minutes
+        self.requests.saved()
 
     def take_best(self) -> None:
         """Save the end of training, then put the best weights into the model. Every rank must reach this line."""
-        self.wishes.drain()
+        self.requests.wishes.drain()
         if self.result_step < 0:
             self.save()
             take_best(self)
@@ -369,13 +307,6 @@ class Run:
         self.take_best()
         together(lambda: write_outcome(self) if self.devices.is_first else None, self.devices.control)
         return say_outcome(self)
-
-
-def any_not_finite(gradients: list[Tensor]) -> Tensor:
-    """Whether a gradient of any dtype, sparse ones too, holds NaN or infinity, 0-d bool."""
-    values = [g.coalesce().values() if g.is_sparse else g for g in gradients]
-    largest = [v.abs().amax().float() for v in values if v.numel()]
-    return ~torch.stack(largest).isfinite().all() if largest else torch.tensor(False)
 
 
 Step = Callable[[Run, list[MicroBatch]], StepInfo]
