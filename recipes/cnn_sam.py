@@ -24,7 +24,7 @@ class SAMConfig(cnn.CNNConfig):
 
 def sam_step(run: Run, micro_batches: list) -> StepInfo:
     forward_backward(run, micro_batches)
-    weights = [p for p in run.parameters if p.grad is not None]
+    weights = [p for p in run.gradients.parameters if p.grad is not None]
     gradients = [p.grad for p in weights]
     before = [p.detach().clone() for p in weights]
     with torch.no_grad():

@@ -266,7 +266,7 @@ _VALUES = [
     ("names", STATE, ("hooks", "Mean"), [{}, []]),
     ("names", STATE, ("hooks", "Mean", "total"), [1]),
     ("state", STATE, ("hooks", "Mean", "total", "__tensor__"), ["Mean.x", "Mean.big", [], None]),
-    ("state", STATE, ("hooks", "Mean", "total", "on"), [..., 0, None]),
+    ("state", STATE, ("hooks", "Mean", "total", "on"), [0, None]),
 ]
 _TENSORS = {
     "a tensor missing": ("names", tensors(MODEL, less("2.bias"))),

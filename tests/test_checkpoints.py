@@ -173,9 +173,12 @@ def test_the_fp16_scaler_goes_on_where_it_was(tmp_path):
     scale, tracker = run.gradients.scaler.get_scale(), run.gradients.scaler._get_growth_tracker()
     assert tracker == 3
     left_after_three = start(tiny.recipe, tiny.TinyConfig(out=str(tmp_path / "b"), max_steps=3))
-    left_after_three.scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=7)
+    left_after_three.gradients.scaler = torch.amp.GradScaler("cpu", init_scale=2.0, growth_interval=7)
     restore(left_after_three, open_checkpoint(checkpoint(tmp_path, 3)))
-    assert (left_after_three.scaler.get_scale(), left_after_three.scaler._get_growth_tracker()) == (scale, tracker)
+    assert (left_after_three.gradients.scaler.get_scale(), left_after_three.gradients.scaler._get_growth_tracker()) == (
+        scale,
+        tracker,
+    )
 
 
 class Stubborn:

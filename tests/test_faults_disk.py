@@ -8,15 +8,18 @@ import os
 import stat
 import subprocess
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from itertools import product
 
 import pytest
+import tiny
 import torch
 from crashes import OPERATIONS, in_memory
 from faultload import ALL, amount, draw, report
 from forked import Injection, as_nobody, newest, on_ranks, operations, save, save_with_failures, state
 
+from scaletrain import main
 from scaletrain.checkpoint.export import WEIGHTS, export
 from scaletrain.checkpoint.files import Files
 from scaletrain.checkpoint.format import FOLDER, step_folder
@@ -46,7 +49,7 @@ def check(outcome, injection, kinds):
     assert outcome.later == 30, (injection, outcome)
     if injection.once and not published:
         assert outcome.left == ([] if injection.first else [step_folder(10)]), (injection, outcome)
-    rules = {"lose": "disk", "cut": "size"}
+    rules = {"lose": "missing", "cut": "size"}
     usual = "disk" if isinstance(injection.how, OSError) else "saving"
     assert outcome.rule == rules.get(injection.how, usual), (injection, outcome)
     assert f"/{FOLDER}" in outcome.message
@@ -201,6 +204,63 @@ def test_a_disk_that_becomes_read_only_is_named_and_holds_what_it_held(tmp_path)
         save(disk, 20)
         assert newest(disk) == 20
     report("D4 read-only disk", 1, "told with path and reason; saving goes on when it can be written again")
+
+
+def run_until_the_disk_fails(disk, fail, capsys):
+    """Train on ``disk``, which fails after step 7; return the one line that the run says."""
+
+    def hook(run, info):
+        if info.step == 7:
+            fail()
+
+    recipe = replace(tiny.recipe, hooks=lambda cfg: [hook])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        main(recipe, ["--max-steps", "30", "--log-every", "1", "--checkpoint-every", "2", "--out", str(disk / "run")])
+    assert ended.value.code == 3
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1, said
+    return said
+
+
+def test_a_run_whose_disk_fails_ends_with_one_line_and_goes_on_when_it_is_mended(tmp_path, capsys):
+    main(tiny.recipe, ["--max-steps", "30", "--log-every", "1", "--out", str(tmp_path / "whole")])
+    with small_disk(tmp_path / "disk", size="2m") as disk:
+
+        def fill():
+            with suppress(OSError):
+                (disk / "others").write_bytes(bytes(2 << 20))
+
+        said = run_until_the_disk_fails(disk, fill, capsys)
+        assert "No space left on device" in said or "are free" in said
+        assert not list(disk.glob("run/*.draft"))
+        (disk / "others").unlink()
+        said = run_until_the_disk_fails(
+            disk, lambda: subprocess.run(["mount", "-o", "remount,ro", disk], check=True), capsys
+        )
+        assert "disk: Read-only file system" in said
+        assert "exit.json could not be written: Read-only file system" in said
+        subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+        main(tiny.recipe, ["--max-steps", "30", "--log-every", "1", "--out", str(disk / "run")])
+        for name in ("metrics.jsonl", "model.safetensors"):
+            assert (disk / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    report(
+        "D2, D4 a run whose disk fills up, and becomes read-only", 2, "one line, exit code 3; it goes on when mended"
+    )
+
+
+def test_a_disk_without_room_for_the_export_ends_the_run_with_3(tmp_path, capsys, monkeypatch):
+    def full(draft, path, files=None):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr("scaletrain.checkpoint.export.put_in_place", full)
+    with pytest.raises(SystemExit) as ended:
+        main(tiny.recipe, ["--max-steps", "3", "--out", str(tmp_path / "run")])
+    assert ended.value.code == 3
+    assert "model.safetensors: disk: No space left on device" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob(".*draft"))
+    monkeypatch.undo()
+    assert main(tiny.recipe, ["--max-steps", "3", "--out", str(tmp_path / "run")]).step == 3
 
 
 def test_what_is_no_folder_is_neither_read_nor_written_as_one(tmp_path):

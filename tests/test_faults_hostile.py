@@ -243,11 +243,11 @@ def test_nan_and_infinity_that_were_saved_are_what_is_loaded(folder, read):
 
 
 def test_a_scaler_is_refused_unless_its_values_are_numbers(folder, read, reader, monkeypatch):
-    monkeypatch.setattr(reader, "scaler", torch.amp.GradScaler("cpu"))
-    own = reader.scaler.state_dict()
+    monkeypatch.setattr(reader.gradients, "scaler", torch.amp.GradScaler("cpu"))
+    own = reader.gradients.scaler.state_dict()
     put(STATE, ("scaler",), own | {"scale": 128.0})(folder)
     read(folder)
-    assert reader.scaler.state_dict() == own | {"scale": 128.0}
+    assert reader.gradients.scaler.state_dict() == own | {"scale": 128.0}
     for odd in ({}, own | {"scale": "1"}, own | {"growth_interval": None}, own | {"more": 1}):
         put(STATE, ("scaler",), odd)(folder)
         refused(read, folder, "state")

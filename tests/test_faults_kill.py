@@ -10,12 +10,14 @@ from faultload import ALL, amount, draw, report
 from killing import nursery, wait_for
 
 STEPS = 120 if ALL else 30
+GRACE_SECONDS = 30
+"""What torchrun gives its processes between SIGTERM and SIGKILL."""
 CRASH_LOOP = (500, 50) if ALL else (60, 3)
 """Steps of the run and how often it is killed."""
 
 
 def argv(steps):
-    return ["--max-steps", steps, "--validate-every", 10, "--micro-batch-size", 6]
+    return ["--max-steps", steps, "--validate-every", 10, "--micro-batch-size", 6, "--log-every", 1]
 
 
 @pytest.fixture(scope="module")
@@ -119,18 +121,20 @@ def trials(ranks, never_killed, tmp_path):
 def test_a_group_killed_at_any_time_while_saving_loses_nothing_committed(trials):
     kills, random = amount(200, 4), draw("C1")
     for _ in range(kills):
-        trial = trials.start(2)
-        time.sleep(random.uniform(0, 2.5))
+        trial, before = trials.start(2), trials.steps(2)
+        trials.wait_for_steps(2, before + 1)
+        time.sleep(random.uniform(0, 0.7))
         trial.kill()
         assert set(trial.codes()) <= {-9, 0}
         trials.check(2)
     trials.finish(2)
+    assert trials.resumed >= kills // 2, "it was hardly ever killed after a save"
     report("C1 SIGKILL of the group while saving at each step, 2 processes", kills,
            f"went on {trials.resumed} times, all bits equal, 0 committed steps lost")  # fmt: skip
 
 
 def test_a_rank_killed_at_any_time_takes_the_others_down_by_name_and_loses_nothing(trials):
-    kills, random = amount(200, 2), draw("C2")
+    kills, random, ended = amount(200, 2), draw("C2"), 0
     for _ in range(kills):
         trial, before, victim = trials.start(2), trials.steps(2), random.randrange(2)
         trials.wait_for_steps(2, before + 1)
@@ -138,12 +142,18 @@ def test_a_rank_killed_at_any_time_takes_the_others_down_by_name_and_loses_nothi
         trial.kill(victim)
         codes = trial.codes(timeout=10)
         trials.check(2)
-        if codes != [0, 0] and codes[victim] == -9 and codes[1 - victim] != 0:
+        if is_done(trials.home(2)):  # killed when all was written
+            ended += 1
+        else:
+            assert codes[victim] == -9
             assert codes[1 - victim] == 70, (codes, trial.said())
             assert f"rank {victim} ended early" in trial.said()
     trials.finish(2)
+    assert ended < max(2, kills // 5)
     report(
-        "C2 SIGKILL of one rank, 2 processes", kills, "the other named it and left with 70 within 10 s; all bits equal"
+        "C2 SIGKILL of one rank, 2 processes",
+        kills,
+        f"{kills - ended} times the other named it and left with 70 within 10 s, else all was done; all bits equal",
     )
 
 
@@ -157,14 +167,17 @@ def test_sigterm_to_any_rank_saves_the_same_step_on_all_and_leaves_with_75(trial
             trials.wait_for_steps(world_size, before + 1)
         time.sleep(random.uniform(0, 0.3))
         trial.kill(random.randrange(world_size), how=signal.SIGTERM)
-        codes = trial.codes()
-        assert codes in ([75] * world_size, [0] * world_size) or -15 in codes, (codes, trial.said())
+        codes = trial.codes(GRACE_SECONDS)
+        started = trials.steps(world_size) > before
+        # before the first step of a start it may end by the signal itself, as any process does
+        assert codes in ([75] * world_size, [0] * world_size) or not started, (codes, trial.said())
         if codes == [75] * world_size:
             left += 1
             assert len(last_steps(trials.home(world_size))) == 1
             assert json.loads((trials.home(world_size) / "run/exit.json").read_text())["code"] == 75
         trials.check(world_size)
     trials.finish(world_size)
+    assert left >= signals // 2
     report(
         f"T1 SIGTERM to a random rank, {world_size} processes",
         signals,
@@ -192,7 +205,7 @@ def test_any_way_of_asking_is_heard_and_a_second_signal_does_no_harm(trials, how
 
 def ask(trial, how, random):
     if how == "SIGUSR1":
-        trial.kill(0, how=signal.SIGUSR1)
+        trial.kill(random.randrange(2), how=signal.SIGUSR1)
         time.sleep(random.uniform(0, 0.2))
         trial.kill()
         return
@@ -244,12 +257,14 @@ def test_a_crash_loop_ends_with_the_bits_of_a_run_never_killed(trials):
         trials.check(2)
         assert trials.runs == 0, "it ended before it was killed often enough"
     trials.finish(2)
-    steps = [json.loads(line)["step"] for line in (trials.home(2) / "run/metrics.jsonl").read_text().splitlines()]
-    assert steps == sorted(steps)
+    lines = [json.loads(line) for line in (trials.home(2) / "run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, trials.max_steps + 1))
+    done = trials.steps(2) / 2
+    assert done <= trials.max_steps + 2 * kills  # a step or two are lost where each is saved
     report(
         f"C9 crash loop in one run of {trials.max_steps} steps",
         kills,
-        "the final bits and metrics.jsonl of a run never killed",
+        f"the final bits and metrics.jsonl of a run never killed; {done - trials.max_steps:.0f} steps done twice",
     )
 
 
@@ -268,4 +283,5 @@ def test_kills_during_start_resume_and_the_first_save_lose_nothing(trials):
 
 
 def last_steps(home):
-    return {json.loads(path.read_text().splitlines()[-1])["step"] for path in home.glob("rank*.jsonl")}
+    lines = [path.read_text().splitlines() for path in home.glob("rank*.jsonl")]
+    return {json.loads(recorded[-1])["step"] if recorded else 0 for recorded in lines}

@@ -100,7 +100,7 @@ def test_step_info_tells_what_the_step_did(tmp_path):
     assert first.lr == 1e-2
     assert first.loss.shape == first.finite.shape == first.grad_norm.shape == ()
     assert first.finite
-    clipped = torch.nn.utils.get_total_norm([p.grad for p in run.parameters])
+    clipped = torch.nn.utils.get_total_norm([p.grad for p in run.gradients.parameters])
     assert first.grad_norm > 0.1
     assert clipped.item() == pytest.approx(0.1, rel=1e-5)
 
@@ -191,11 +191,11 @@ def test_a_step_with_a_gradient_that_is_not_finite_changes_nothing(tmp_path):
     run.recipe = replace(run.recipe, loss=nan_at_3)
     infos = steps(run)
     next(infos), next(infos)
-    weights = [p.clone() for p in run.parameters]
+    weights = [p.clone() for p in run.gradients.parameters]
     moments = [{k: v.clone() for k, v in state.items()} for state in run.optimizer.state.values()]
     info = next(infos)
     assert not info.finite
-    assert all(torch.equal(a, b) for a, b in zip(run.parameters, weights, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(run.gradients.parameters, weights, strict=True))
     after = list(run.optimizer.state.values())
     assert all(torch.equal(a[k], b[k]) for a, b in zip(after, moments, strict=True) for k in b)
     assert run.state.step == 3  # an attempted step counts: the schedule and the data went on
@@ -214,7 +214,7 @@ def test_a_gradient_that_is_not_finite_on_one_rank_is_skipped_on_all(shared_path
         start(replace(tiny.recipe, loss=nan_on_rank_1), tiny.TinyConfig(max_steps=6, out=str(shared_path / "run"))),
     )
     assert [bool(info.finite) for info in steps(run)] == [True, True, False, True, True, True]
-    assert all(p.isfinite().all() for p in run.parameters)
+    assert all(p.isfinite().all() for p in run.gradients.parameters)
 
 
 def test_a_scaler_skips_an_overflow_and_finds_a_scale_that_works(tmp_path):
@@ -228,7 +228,7 @@ def test_a_scaler_skips_an_overflow_and_finds_a_scale_that_works(tmp_path):
     plain.state.step = skipped
     plain.state.samples_seen = skipped * plain.cfg.batch_size
     list(steps(plain))
-    for ours, wanted in zip(run.parameters, plain.parameters, strict=True):
+    for ours, wanted in zip(run.gradients.parameters, plain.gradients.parameters, strict=True):
         assert torch.allclose(ours, wanted, rtol=1e-5)  # a power of two scales without rounding
 
 
@@ -413,7 +413,7 @@ def test_gradients_of_every_kind_are_checked(kind, tmp_path):
     sgd = replace(recipe, loss=loss, optimizer=lambda model, cfg: torch.optim.SGD(model.parameters(), lr=0.1))
     run = started(tmp_path, sgd, max_steps=5)
     assert [bool(info.finite) for info in steps(run)] == [True, True, False, True, True]
-    assert all(p.isfinite().all() for p in run.parameters)
+    assert all(p.isfinite().all() for p in run.gradients.parameters)
 
 
 def test_an_augmentation_in_place_touches_each_example_once(tmp_path):
@@ -462,10 +462,10 @@ def test_every_counter_is_part_of_the_state(tmp_path):
 def test_the_gradient_of_a_step_is_that_of_the_mean_over_its_examples(tmp_path):
     run = started(tmp_path, micro_batch_size=3, double=True)
     batch = next(tiny.batches(tiny.recipe, run.cfg, torch.float64, 1))
-    wanted = torch.autograd.grad(tiny.loss(run.module, batch, run.cfg), run.parameters)
+    wanted = torch.autograd.grad(tiny.loss(run.module, batch, run.cfg), run.gradients.parameters)
     loss = forward_backward(run, run.prepare_step(next(run.loader.steps(0))))
     assert loss.item() == pytest.approx(tiny.loss(run.module, batch, run.cfg).item(), rel=1e-12)
-    assert all(torch.allclose(p.grad, g, rtol=1e-12) for p, g in zip(run.parameters, wanted, strict=True))
+    assert all(torch.allclose(p.grad, g, rtol=1e-12) for p, g in zip(run.gradients.parameters, wanted, strict=True))
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # inductor's own
@@ -488,5 +488,5 @@ def test_bf16_computes_the_forward_pass_in_bf16_and_keeps_the_weights_in_fp32(tm
     run = started(tmp_path, replace(tiny.recipe, loss=looking_loss), precision="bf16")
     train(run)
     assert seen == {torch.bfloat16}  # no copy of the outputs in fp32 either
-    assert {p.dtype for p in run.parameters} == {torch.float32}
+    assert {p.dtype for p in run.gradients.parameters} == {torch.float32}
     assert run.metrics["val_loss"] < 1.0
