@@ -7,6 +7,7 @@ ARGS ?=
 BIN := .venv/bin
 # OpenMP's threads spin while they wait, which starves the several processes of a test on few cores.
 TESTS := OMP_WAIT_POLICY=PASSIVE
+TWO_AT_A_TIME := --numprocesses 2 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup train test test-faults test-min lint check bench clean
@@ -26,7 +27,7 @@ train: .venv/.installed ## train a recipe: make train RECIPE=mlp ARGS="--lr 3e-3
 	@launch/local.sh $(RECIPE) $(ARGS)
 
 test: .venv/.installed ## run the tests (under 10 minutes on two cores)
-	@$(TESTS) $(BIN)/python -m pytest $(ARGS)
+	@$(TESTS) $(BIN)/python -m pytest $(TWO_AT_A_TIME) $(ARGS)
 
 test-faults: .venv/.installed ## all of the fault matrix: kills, full disks, hostile files (under an hour)
 	@rm -f .faults.jsonl
@@ -34,7 +35,7 @@ test-faults: .venv/.installed ## all of the fault matrix: kills, full disks, hos
 	@$(BIN)/python -m benchmarks.faults .faults.jsonl --out benchmarks/results/faults.md
 
 test-min: .venv-min/.installed ## run the tests with the oldest versions that pyproject.toml admits
-	@$(TESTS) .venv-min/bin/python -m pytest $(ARGS)
+	@$(TESTS) .venv-min/bin/python -m pytest $(TWO_AT_A_TIME) $(ARGS)
 
 .venv-min/.installed: pyproject.toml constraints.txt constraints-min.txt
 	@$(PYTHON) -m venv .venv-min

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from scaletrain.checkpoint.export import named_tensors
 from scaletrain.checkpoint.files import Files
-from scaletrain.checkpoint.format import dump, step_folder
+from scaletrain.checkpoint.format import step_folder
 from scaletrain.checkpoint.load import load, load_new
 from scaletrain.checkpoint.saver import Saver
+from scaletrain.checkpoint.strict import dump
 from scaletrain.checkpoint.tensors import Parts
 from scaletrain.checkpoint.verify import open_checkpoint, verify
 from scaletrain.optimizers import hyperparameters, saved_state

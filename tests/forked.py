@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 from crashes import Recorder, Watched
 
-from scaletrain.checkpoint.format import dump
 from scaletrain.checkpoint.load import load
 from scaletrain.checkpoint.retain import Keep
 from scaletrain.checkpoint.saver import Saver
+from scaletrain.checkpoint.strict import dump
 from scaletrain.checkpoint.verify import newest_whole
 from scaletrain.errors import CheckpointError
 

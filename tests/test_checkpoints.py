@@ -26,9 +26,9 @@ from worlds import WORLD, belongs_to
 
 from scaletrain import CheckpointError, Data, load_weights, main, start, train
 from scaletrain.checkpoint.files import Files
-from scaletrain.checkpoint.format import dump
 from scaletrain.checkpoint.load import load_new
 from scaletrain.checkpoint.saver import Saver
+from scaletrain.checkpoint.strict import dump
 from scaletrain.checkpoint.verify import open_checkpoint, verify
 from scaletrain.cli import main as command
 from scaletrain.order import Sequential

@@ -47,9 +47,10 @@ from hostile import (
 
 from scaletrain import start, train
 from scaletrain.checkpoint.export import WEIGHTS, export, load_weights
-from scaletrain.checkpoint.format import JSON_VALUES, Manifest, Piece, dump, make_header
+from scaletrain.checkpoint.format import Manifest, Piece, make_header
 from scaletrain.checkpoint.load import check_tensors, load
 from scaletrain.checkpoint.saver import Saver
+from scaletrain.checkpoint.strict import JSON_VALUES, dump
 from scaletrain.checkpoint.verify import Checkpoint, newest_whole, open_checkpoint, open_whole, verify
 from scaletrain.devices import set_up
 from scaletrain.errors import CheckpointError

@@ -15,15 +15,8 @@ import torch.distributed as dist
 
 from scaletrain.agreement import gather_texts
 from scaletrain.checkpoint.files import Files
-from scaletrain.checkpoint.format import (
-    MANIFEST,
-    STATE,
-    Listed,
-    Manifest,
-    folder_descriptor,
-    regular_file,
-    step_folder,
-)
+from scaletrain.checkpoint.format import MANIFEST, STATE, Listed, Manifest, step_folder
+from scaletrain.checkpoint.reading import folder_descriptor, regular_file
 from scaletrain.checkpoint.retain import Keep, discard, prune
 from scaletrain.checkpoint.tensors import Snapshot, write_file, write_shares
 from scaletrain.checkpoint.verify import is_valid

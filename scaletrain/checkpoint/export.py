@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from scaletrain.checkpoint.files import Files, put_in_place
-from scaletrain.checkpoint.format import folder_descriptor, make_header, read_header, regular_file
+from scaletrain.checkpoint.format import make_header, read_header
 from scaletrain.checkpoint.load import check_bools, load, load_new
+from scaletrain.checkpoint.reading import folder_descriptor, regular_file
 from scaletrain.checkpoint.tensors import bytes_of, write_file
 from scaletrain.checkpoint.verify import Checkpoint, open_whole
 from scaletrain.errors import CheckpointError

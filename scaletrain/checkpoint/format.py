@@ -1,33 +1,26 @@
-"""What the files of a checkpoint look like: names, strict JSON, the manifest, the header of a safetensors file.
+"""What the files of a checkpoint look like: names, the manifest, the header of a safetensors file.
 
 Everything that is read here may come from a stranger: sizes are capped before anything is read or allocated,
 and what is not exactly as specified in docs/checkpoints.md raises CheckpointError.
 """
 
 import json
-import os
 import re
-import stat
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from math import isfinite, prod
-from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from math import prod
+from typing import Any, NamedTuple
 
 import torch
 
+from scaletrain.checkpoint.reading import read_exactly
+from scaletrain.checkpoint.strict import JSON_BYTES, dump, parse_json, readable
 from scaletrain.errors import CheckpointError
 
 FORMAT, VERSION = "scaletrain-checkpoint", 1
 MANIFEST, STATE = "manifest.json", "state.json"
 FOLDER = "checkpoints"
 """The folder of a run that holds its checkpoints."""
-JSON_BYTES = 16 << 20
-"""Most bytes of the manifest, of state.json and of the header of a safetensors file."""
-JSON_VALUES = 500_000
-"""Most commas and opening brackets in one of them: each may cost a reader 250 bytes and 4 us."""
-JSON_DEPTH = 32
 TENSOR_FILE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._]{0,99}-[0-9]{5,10}\.safetensors")
 """Names of files of tensors: the part, and the rank that wrote it."""
 STEP_FOLDER = re.compile(r"step-([0-9]{9}|[1-9][0-9]{9,17})")
@@ -35,7 +28,6 @@ SHA256 = re.compile(r"[0-9a-f]{64}")
 SHARDING = "DCP_SHARDING_INFO"
 """Where torch.distributed.checkpoint keeps the offsets of a piece in a safetensors header."""
 OFFSETS = "saved_offsets"
-SPARSE_BYTES = 64 << 20
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -92,53 +84,6 @@ def step_folder(step: int) -> str:
     return f"step-{step:09d}"
 
 
-def dump(content: Any) -> bytes:
-    """Write JSON that ``parse_json`` accepts: raises ValueError for NaN, CheckpointError for what is too much."""
-    text = json.dumps(content, indent=1, allow_nan=False, ensure_ascii=False)
-    data = text.encode("utf-8", "replace") + b"\n"  # the bytes of an odd path are no text
-    return _readable(data, "what is saved beside the tensors")
-
-
-def parse_json(data: bytes, what: str) -> Any:
-    """Read JSON strictly: UTF-8, no repeated keys, finite numbers, no integer beyond 64 bits, no deep nesting."""
-
-    def refuse(why: str) -> NoReturn:
-        raise CheckpointError("json", f"{what}: json: {why}")
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        content = dict(pairs)
-        if len(content) != len(pairs):
-            refuse("a key occurs twice")
-        return content
-
-    def integer(digits: str) -> int:
-        if len(digits) > 20 or not -(2**63) <= int(digits) < 2**63:
-            refuse(f"the integer {digits[:24]} has more than 64 bits")
-        return int(digits)
-
-    def number(text: str) -> float:
-        if not isfinite(float(text)):
-            refuse(f"the number {text[:24]} is not finite")
-        return float(text)
-
-    if sum(map(data.count, (b",", b"[", b"{"))) > JSON_VALUES:
-        refuse(f"more than {JSON_VALUES:,} values")
-    try:
-        content = json.loads(
-            data.decode("utf-8"),
-            object_pairs_hook=unique,
-            parse_int=integer,
-            parse_float=number,
-            parse_constant=lambda name: refuse(f"{name} is no number"),
-        )
-        _look_inside(content)
-    except RecursionError:
-        refuse(f"nested deeper than {JSON_DEPTH}")
-    except ValueError as error:
-        refuse(ascii(str(error))[1:-1])
-    return content
-
-
 def parse_manifest(data: bytes, what: str) -> Manifest:
     """Read a manifest; raise CheckpointError unless it is one of this format and version."""
 
@@ -172,44 +117,6 @@ def parse_manifest(data: bytes, what: str) -> Manifest:
     return Manifest(content["step"], content["world_size"], files)
 
 
-@contextmanager
-def folder_descriptor(path: Path) -> Iterator[int]:
-    """Open a folder itself, never what a link points to."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-        try:
-            yield descriptor
-        finally:
-            os.close(descriptor)
-    except OSError as error:
-        raise CheckpointError("folder", f"{path}: folder: {error.strerror}; a plain folder is expected") from None
-
-
-@contextmanager
-def regular_file(folder: int, name: str, what: str) -> Iterator[tuple[int, int]]:
-    """Open a regular file in the folder ``folder`` (a descriptor); yield its descriptor and size.
-
-    Links are not followed, and a FIFO or device is refused without waiting for it.
-    """
-    try:
-        descriptor = os.open(name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=folder)
-        try:
-            yield descriptor, _regular_size(descriptor, what)
-        finally:
-            os.close(descriptor)
-    except OSError as error:  # of opening and of reading
-        rule = "missing" if isinstance(error, FileNotFoundError) else "file"
-        raise CheckpointError(rule, f"{what}: {rule}: {error.strerror}") from None
-
-
-def read_small(folder: int, name: str, what: str) -> bytes:
-    """Read a file of JSON, of at most ``JSON_BYTES``."""
-    with regular_file(folder, name, what) as (descriptor, size):
-        if size > JSON_BYTES:
-            raise CheckpointError("size", f"{what}: size: {size:,} bytes of JSON, at most {JSON_BYTES:,} are read")
-        return _read_exactly(descriptor, size, what)
-
-
 def read_header(descriptor: int, size: int, what: str) -> dict[str, Piece]:
     """Read and check the header of a safetensors file of ``size`` bytes; return its pieces by name.
 
@@ -222,9 +129,9 @@ def read_header(descriptor: int, size: int, what: str) -> dict[str, Piece]:
             raise CheckpointError("header", f"{what}: header: {why}")
 
     need(size >= 8, "shorter than 8 bytes")
-    length = int.from_bytes(_read_exactly(descriptor, 8, what), "little")
+    length = int.from_bytes(read_exactly(descriptor, 8, what), "little")
     need(2 <= length <= min(size - 8, JSON_BYTES), f"a header of {length:,} bytes in a file of {size:,}")
-    data = _read_exactly(descriptor, length, what)
+    data = read_exactly(descriptor, length, what)
     need(data[:1] == b"{", "does not begin with {")
     content = parse_json(data, what)
     metadata = content.pop("__metadata__", {})
@@ -270,50 +177,8 @@ def make_header(pieces: Mapping[str, tuple[torch.dtype, tuple[int, ...], tuple[i
         start, end = end, end + prod(shape) * dtype.itemsize
         content[name] = {"dtype": NAME_OF[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(content, separators=(",", ":")).encode()
-    text = _readable(text, "the header of a file of tensors") + b" " * (-len(text) % 8)  # tensors are aligned
+    text = readable(text, "the header of a file of tensors") + b" " * (-len(text) % 8)  # tensors are aligned
     return len(text).to_bytes(8, "little") + text
-
-
-def _readable(data: bytes, what: str) -> bytes:
-    """Return ``data``; raise CheckpointError where nobody could read it later."""
-    if len(data) > JSON_BYTES:
-        raise CheckpointError("size", f"{what}: size: {len(data):,} bytes of JSON, at most {JSON_BYTES:,} can be read")
-    parse_json(data, what)
-    return data
-
-
-def _regular_size(descriptor: int, what: str) -> int:
-    found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode):
-        raise CheckpointError("file", f"{what}: file: not a regular file")
-    if found.st_size > SPARSE_BYTES and found.st_blocks * 512 * 8 < found.st_size:
-        raise CheckpointError("sparse", f"{what}: sparse: {found.st_size:,} bytes, of which hardly any are stored")
-    return found.st_size
-
-
-def _read_exactly(descriptor: int, length: int, what: str) -> bytes:
-    parts, missing = [], length
-    while missing:
-        part = os.read(descriptor, min(missing, 1 << 20))
-        if not part:
-            raise CheckpointError("size", f"{what}: size: ends {missing:,} bytes early")
-        parts.append(part)
-        missing -= len(part)
-    return b"".join(parts)
-
-
-def _look_inside(content: Any) -> None:
-    """Raise RecursionError for what is nested too deep, ValueError for a lone surrogate, which is no text."""
-    depth, level = 0, [content]
-    while level:
-        for value in level:
-            if isinstance(value, str) and not value.isascii():
-                value.encode()
-        boxes = [value for value in level if isinstance(value, dict | list)]
-        depth += bool(boxes)
-        if depth > JSON_DEPTH:
-            raise RecursionError
-        level = [inner for box in boxes for inner in ((*box, *box.values()) if isinstance(box, dict) else box)]
 
 
 def _is(value: Any, kind: type) -> bool:

@@ -9,7 +9,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from scaletrain.checkpoint.format import Piece, folder_descriptor, regular_file
+from scaletrain.checkpoint.format import Piece
+from scaletrain.checkpoint.reading import folder_descriptor, regular_file
 from scaletrain.checkpoint.tensors import is_sharded
 from scaletrain.checkpoint.verify import Checkpoint
 from scaletrain.errors import CheckpointError

@@ -15,13 +15,11 @@ from scaletrain.checkpoint.format import (
     STEP_FOLDER,
     Manifest,
     Piece,
-    folder_descriptor,
-    parse_json,
     parse_manifest,
     read_header,
-    read_small,
-    regular_file,
 )
+from scaletrain.checkpoint.reading import folder_descriptor, read_small, regular_file
+from scaletrain.checkpoint.strict import parse_json
 from scaletrain.errors import CheckpointError
 
 READ_BYTES = 4 << 20

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn, optim
 
 from scaletrain.agreement import gather_texts, together
-from scaletrain.checkpoint.format import dump
 from scaletrain.checkpoint.saver import Saver
+from scaletrain.checkpoint.strict import dump
 from scaletrain.checkpoint.tensors import local_part
 from scaletrain.config import Config
 from scaletrain.devices import Devices, seed_generators
