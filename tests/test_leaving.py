@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from faultload import amount, draw, report
 from forked import FORKING
+from killing import wait_for
 from test_checkpoints import (
     Rows,
     assert_same_end,
@@ -94,6 +95,7 @@ def test_training_goes_on_while_a_checkpoint_is_being_written(tmp_path, monkeypa
 
     def watch(run, info):
         if info.step == 8:
+            wait_for(lambda: list(tmp_path.glob("checkpoints/*")))
             watch.seen = [path.name for path in (tmp_path / "checkpoints").iterdir()]
             held.gate.set()
 
