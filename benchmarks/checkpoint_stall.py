@@ -28,7 +28,7 @@ from torch import nn
 
 from benchmarks.children import PeakMemory, in_child
 from benchmarks.pairs import Rounds, conditions
-from benchmarks.ways_to_save import DISK, MEMORY, OURS, TORCH, WAYS, State, Way
+from benchmarks.ways_to_save import BESIDE, DISK, MEMORY, OURS, TORCH, WAYS, State, Way
 
 SECONDS_BEFORE = 1.5
 """How long the small training is timed before each save."""
@@ -54,7 +54,7 @@ def small_training() -> Callable[[], float]:
 def measure(name: str, folder: Path, parameters: int, *, seconds_before: float = SECONDS_BEFORE) -> dict[str, Any]:
     """Save three times in the way called ``name`` beside a small training; return what it cost.
 
-    Seconds but for ``extra_bytes`` (most memory above what was there), ``slowdown`` (median step while writing /
+    Seconds but for ``extra_bytes`` (most memory above what was there), ``slowdown`` (step while writing /
     before) and ``race_held``.
     """
     state, step = State(parameters), small_training()
@@ -71,7 +71,7 @@ def measure(name: str, folder: Path, parameters: int, *, seconds_before: float =
         found["load"] = min(_seconds(partial(way.load, 2)) for _ in range(2))
         if not state.is_of(2, state.tensors()):
             raise SystemExit(f"{name} loaded another state than it saved")
-    if name != DISK:
+    if name not in (DISK, BESIDE):
         state.fill(3)
         way.save(3)
         state.fill(4)
@@ -94,7 +94,8 @@ def _save(way: Way, number: int, step: Callable[[], float], seconds_before: floa
     way.wait()
     found = {"stall": stall, "cpu": time.process_time() - cpu, "before": statistics.median(before)}
     if during:
-        found["slowdown"] = statistics.median(during) / found["before"]
+        found["slowdown"] = statistics.mean(during) / statistics.mean(before)
+        found["median_slowdown"] = statistics.median(during) / found["before"]
         found["lost"] = stall + sum(during) - len(during) * statistics.mean(before)
     if way.durable_at is not None:
         found["durable"] = way.durable_at - started
@@ -157,16 +158,17 @@ def report(rounds: Measured, parameters: int, command: str) -> list[str]:
         f"* {len(rounds.load)} rounds of one fresh process per way, in random order, none dropped; load after each: "
         f"{', '.join(rounds.load)}; medians",
         "* stall: time of the call on the training thread, second save of the process (the first takes its memory)",
-        "* slowdown: median step while writing / before; of a memory copy: the steps after it, the noise",
+        "* slowdown: mean step while writing / before, and that of the median step; of a memory copy: the steps after",
+        "  it, the noise; of the disk alone in a process beside: what any writing costs a training on this machine",
         "* lost: stall + what the steps took longer while it was written, to the end of removing old checkpoints",
         "* durable: committed, or fsync returned; fsync in all ways but the plain torch.save; one disk, ext4",
         "* CPU: of the process while it saves, the steps' left out",
         "* memory: most resident above what was there, in bytes and in copies of the state",
         "* race: every tensor is overwritten as soon as the call returns; held: what is read back is the state before",
         "",
-        "| way | stall ms | / memory copy (95 % interval) | first save ms | slowdown | lost ms | CPU s | durable s "
-        "| / disk alone | memory MB | copies | race |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| way | stall ms | / memory copy (95 % interval) | first save ms | slowdown | of the median | lost ms | CPU s "
+        "| durable s | / disk alone | memory MB | copies | race |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for name in WAYS:
         ratio, low, high = rounds.ratio(name, MEMORY)
@@ -179,6 +181,7 @@ def report(rounds: Measured, parameters: int, command: str) -> list[str]:
             f"{ratio:.2f} ({low:.2f}-{high:.2f})",
             _number(rounds.median(name, "cold_stall"), 1e3, ".0f"),
             _number(rounds.median(name, "slowdown"), 1, ".3f"),
+            _number(rounds.median(name, "median_slowdown"), 1, ".3f"),
             _number(rounds.median(name, "lost"), 1e3, ".0f"),
             _number(rounds.median(name, "cpu"), 1, ".2f"),
             _number(rounds.median(name, "durable"), 1, ".2f"),

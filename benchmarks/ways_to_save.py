@@ -1,6 +1,8 @@
 """A model's state and the ways to save it that ``benchmarks.checkpoint_stall`` compares."""
 
 import os
+import subprocess
+import sys
 import threading
 import time
 import warnings
@@ -24,7 +26,7 @@ from scaletrain.optimizers import hyperparameters, saved_state
 MATRICES = 96
 IDLE_SECONDS = 1.5
 """How long steps are timed after a memory copy, when nothing is written: the noise of the slowdown."""
-MEMORY, AGAIN, DISK = "memory copy", "memory copy again", "disk alone"
+MEMORY, AGAIN, DISK, BESIDE = "memory copy", "memory copy again", "disk alone", "disk alone, in a process beside"
 OURS, DCP = "scaletrain", "DCP async_save (thread)"
 TORCH, SYNCED, SAFETENSORS = "torch.save", "torch.save + fsync", "safetensors + fsync"
 
@@ -284,6 +286,27 @@ class DiskAlone(Way):
         self.durable_at = time.perf_counter()
 
 
+class DiskBeside(Way):
+    """The same by another process at low priority: what any writing beside it costs a training on this machine."""
+
+    def save(self, step: int) -> None:
+        program = (
+            "import os, sys\nos.nice(10)\npath, size = sys.argv[1], int(sys.argv[2])\nblock = os.urandom(1 << 20)\n"
+            "with open(path, 'wb', buffering=0) as file:\n"
+            "    for start in range(0, size, len(block)):\n        file.write(block[: size - start])\n"
+            "    os.fsync(file.fileno())\n"
+        )
+        arguments = [sys.executable, "-S", "-c", program, self.folder / f"{step}.bytes", str(self.state.nbytes)]
+        self.process = subprocess.Popen(arguments)
+
+    def busy(self) -> bool:
+        return self.process.poll() is None
+
+    def wait(self) -> None:
+        assert self.process.wait() == 0
+        self.durable_at = time.perf_counter()
+
+
 WAYS: dict[str, type[Way]] = {
     MEMORY: MemoryCopy,
     AGAIN: MemoryCopy,
@@ -293,4 +316,5 @@ WAYS: dict[str, type[Way]] = {
     SAFETENSORS: Safetensors,
     DCP: DistributedCheckpoint,
     DISK: DiskAlone,
+    BESIDE: DiskBeside,
 }
