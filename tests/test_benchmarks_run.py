@@ -41,7 +41,7 @@ def test_every_way_of_saving_is_measured_and_tabulated(measured):
     rounds = checkpoint_stall.Measured(found, load=["0", "0"])
     lines = checkpoint_stall.report(rounds, TINY, "the command")
     assert [line.split(" | ")[0] for line in lines if "held, 2 of 2" in line] == [
-        f"| {name}" for name in ways_to_save.WAYS if name != ways_to_save.DISK
+        f"| {name}" for name in ways_to_save.WAYS if not name.startswith(ways_to_save.DISK)
     ]
     ours = found[ways_to_save.OURS][0]
     assert ours["durable"] > ours["stall"] > 0
