@@ -188,6 +188,7 @@ def digest(run):
 def hooks(cfg):
     return [
         Average(),
+        Moments(cfg),
         *([Record(cfg.record)] if cfg.record else []),
         *([leave_at(cfg.leave_at)] if cfg.leave_at else []),
     ]
