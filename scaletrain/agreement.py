@@ -14,6 +14,8 @@ from torch import Tensor
 from scaletrain.errors import CheckpointError, InputError
 
 T = TypeVar("T")
+SAVING = "saving"
+"""Name of the thread that writes a checkpoint, on a group of its own."""
 
 
 class Wish(NamedTuple):

@@ -4,6 +4,7 @@ import atexit
 import os
 import platform
 import sys
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import Tensor
 
-from scaletrain.agreement import gather_texts
+from scaletrain.agreement import SAVING, gather_texts
 from scaletrain.errors import FAILED, InputError
 
 NOTHING = nullcontext()
@@ -102,10 +103,9 @@ def set_up(precision: str = "auto", threads: int | None = None) -> Devices:
             f"the launcher started {launch.world_size} processes, but this one sees {accelerator.num_processes}: "
             "each would train alone; launch with torchrun or accelerate launch and one of accelerate_configs/"
         )
-    several = accelerator.num_processes > 1
     atexit.unregister(_close_groups)
     atexit.register(_close_groups)
-    control = dist.new_group(backend="gloo") if several else None
+    control, checkpoint = _own_groups() if accelerator.num_processes > 1 else (None, None)
     return Devices(
         accelerator=accelerator,
         device=accelerator.device,
@@ -115,7 +115,7 @@ def set_up(precision: str = "auto", threads: int | None = None) -> Devices:
         precision=chosen,
         threads=torch.get_num_threads(),
         control=control,
-        checkpoint=dist.new_group(backend="gloo") if several else None,
+        checkpoint=checkpoint,
         processes=tuple(gather_texts(f"{os.getpid()} {platform.node()}", control)),
     )
 
@@ -198,6 +198,25 @@ def _is_running(pid: str) -> bool:
         return False
 
 
+_groups: list[dist.ProcessGroup] = []
+"""The default group that ours were made beside, ``control`` and ``checkpoint``."""
+
+
+def _own_groups() -> tuple[dist.ProcessGroup, dist.ProcessGroup]:
+    """Make the groups ``control`` and ``checkpoint``, once: a group's thread stays as long as the process.
+
+    A later run in the same process takes them again, when what an earlier one was saving is written.
+    """
+    default = dist.group.WORLD
+    assert default is not None
+    if not _groups or _groups[0] is not default:
+        _groups[:] = [default, dist.new_group(backend="gloo"), dist.new_group(backend="gloo")]
+    for thread in threading.enumerate():
+        if thread.name == SAVING:
+            thread.join()
+    return _groups[1], _groups[2]
+
+
 def _close_groups() -> None:
     """Leave the process groups before the interpreter ends: gloo's threads abort about 1 in 100 exits that do not.
 
@@ -207,6 +226,7 @@ def _close_groups() -> None:
         if getattr(sys, "last_value", None) is not None:
             sys.stdout.flush()
             os._exit(FAILED)
+        _groups.clear()
         dist.destroy_process_group()
 
 

@@ -1,10 +1,11 @@
 """The choices of device, number format, threads and copies; MPS and CUDA by what they are told, not by hardware."""
 
+import psutil
 import pytest
 import tiny
 import torch
 
-from scaletrain import InputError, devices, start
+from scaletrain import InputError, devices, start, train
 from scaletrain.devices import (
     Launch,
     check_processes,
@@ -12,6 +13,7 @@ from scaletrain.devices import (
     choose_threads,
     copies_without_waiting,
     read_launch,
+    set_up,
 )
 
 
@@ -131,3 +133,14 @@ def test_validation_uses_rank_0s_buffers_on_every_rank(shared_path):
     assert not torch.equal(*on_both())  # each saw its own examples
     with run.evaluating():
         assert torch.equal(*on_both())
+
+
+@pytest.mark.world_size(2)
+def test_a_second_run_in_the_same_process_takes_the_same_groups(shared_path):
+    first = set_up()
+    before = psutil.Process().num_threads()
+    for k in range(5):
+        run = start(tiny.recipe, tiny.TinyConfig(max_steps=3, checkpoint_every=1, out=str(shared_path / str(k))))
+        train(run)
+        assert (run.devices.control, run.devices.checkpoint) == (first.control, first.checkpoint)
+    assert psutil.Process().num_threads() <= before + 2

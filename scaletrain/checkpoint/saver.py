@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from scaletrain.agreement import SAVING
 from scaletrain.checkpoint.commit import Commit
 from scaletrain.checkpoint.files import Files
 from scaletrain.checkpoint.retain import Keep
@@ -49,7 +50,7 @@ class Saver:
         self._snapshot.take(parts)
         self.saved_step = step
         self._thread = threading.Thread(
-            target=self._work, args=(step, state, tuple(beside), best_step), name="saving", daemon=True
+            target=self._work, args=(step, state, tuple(beside), best_step), name=SAVING, daemon=True
         )
         self._thread.start()
 
