@@ -28,7 +28,7 @@ from torch import nn
 
 from benchmarks.children import PeakMemory, in_child
 from benchmarks.pairs import Rounds, conditions
-from benchmarks.ways_to_save import BESIDE, DISK, MEMORY, OURS, TORCH, WAYS, State, Way
+from benchmarks.ways_to_save import DISK, MEMORY, OURS, TORCH, WAYS, Readable, State, Way
 
 SECONDS_BEFORE = 1.5
 """How long the small training is timed before each save."""
@@ -71,7 +71,7 @@ def measure(name: str, folder: Path, parameters: int, *, seconds_before: float =
         found["load"] = min(_seconds(partial(way.load, 2)) for _ in range(2))
         if not state.is_of(2, state.tensors()):
             raise SystemExit(f"{name} loaded another state than it saved")
-    if name not in (DISK, BESIDE):
+    if isinstance(way, Readable):
         state.fill(3)
         way.save(3)
         state.fill(4)

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,7 @@ class State:
         return found
 
 
-class Way:
+class Way(ABC):
     """A way of saving, complete when ``save`` returns unless it overrides ``busy``."""
 
     def __init__(self, state: State, folder: Path) -> None:
@@ -100,8 +101,9 @@ class Way:
         self.durable_at: float | None = None
         """When the last save was on the disk, by ``time.perf_counter``; None where it never says."""
 
+    @abstractmethod
     def save(self, step: int) -> None:
-        raise NotImplementedError
+        """Save the state after ``step``, or begin to."""
 
     def busy(self) -> bool:
         """Whether the last save is still being written."""
@@ -109,13 +111,18 @@ class Way:
 
     def wait(self) -> None:
         """Wait for the last save."""
+        return
 
+
+class Readable(Way):
+    """A way whose files hold the state, and not just as many bytes."""
+
+    @abstractmethod
     def read(self, step: int) -> dict[str, Tensor]:
         """Return what was saved for ``step``, by the names of ``State.tensors``."""
-        raise NotImplementedError
 
 
-class MemoryCopy(Way):
+class MemoryCopy(Readable):
     """The floor: copy everything into memory that is there already."""
 
     def __init__(self, state: State, folder: Path) -> None:
@@ -151,7 +158,7 @@ class Telling(Files):
             self.committed_at, self._renamed = time.perf_counter(), False
 
 
-class Scaletrain(Way):
+class Scaletrain(Readable):
     """scaletrain's own."""
 
     def __init__(self, state: State, folder: Path) -> None:
@@ -184,7 +191,7 @@ class Scaletrain(Way):
             load(checkpoint, part, tensors)
 
 
-class TorchSave(Way):
+class TorchSave(Readable):
     """``torch.save``; without fsync it returns before the disk has the bytes."""
 
     synced = False
@@ -211,7 +218,7 @@ class TorchSaveSynced(TorchSave):
     synced = True
 
 
-class Safetensors(Way):
+class Safetensors(Readable):
     """``safetensors.torch.save_file``, then fsync."""
 
     def save(self, step: int) -> None:
@@ -230,7 +237,7 @@ class Safetensors(Way):
         return load_file(self.folder / f"{step}.safetensors")
 
 
-class DistributedCheckpoint(Way):
+class DistributedCheckpoint(Readable):
     """``torch.distributed.checkpoint.async_save`` in a thread, with a stager that is kept; it syncs by default."""
 
     def __init__(self, state: State, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import asdict
+from typing import TypeGuard
 
 from scaletrain.agreement import Wishes, gather_texts, together
 from scaletrain.checkpoint.files import Files
@@ -47,6 +48,7 @@ def open_folder(run: Run, name: str, source: str | None) -> None:
     run.folder = agree_on_folder(run.cfg.out, name, devices.control)
     if gather_texts("left" if left_before_restart(run.folder) else "", devices.control)[0]:
         raise Preempted(PREEMPTED)  # a later job goes on
+    before = (run.folder / ENVIRONMENT).exists()
     try:
         checkpoint, skipped = _go_on(run)
         together(lambda: write_beginning(run, source, checkpoint) if devices.is_first else None, devices.control)
@@ -56,39 +58,43 @@ def open_folder(run: Run, name: str, source: str | None) -> None:
                 record_exit(run.folder, INPUT if isinstance(error, InputError) else CHECKPOINT, str(error))
         raise
     if devices.is_first:
-        _introduce(run, name, checkpoint, skipped)
+        for why in skipped:
+            run.tracking.warn(f"skipped a checkpoint: {why}")
+        if before and checkpoint is None:
+            run.tracking.warn(f"{short(run.folder)} held a run that was never saved; it starts over")
+        _introduce(run, name, checkpoint)
+
+
+def is_own(checkpoint: Checkpoint | None, run: Run) -> TypeGuard[Checkpoint]:
+    """Whether the checkpoint that the run goes on from is one of its own folder."""
+    return checkpoint is not None and checkpoint.path.is_relative_to(run.folder)
 
 
 def _go_on(run: Run) -> tuple[Checkpoint | None, list[str]]:
     """Bring the run to where a checkpoint left off, if there is one; return it, and what was skipped to find it."""
     devices, cfg = run.devices, run.cfg
-    code = int(gather_texts(str(exit_code(run.folder)), devices.control)[0].replace("None", "-1"))
+    done = gather_texts("done" if exit_code(run.folder) == DONE else "", devices.control)[0]
     checkpoint, skipped = find(run.folder, cfg.resume, devices.control, devices.is_first)
-    own = checkpoint is not None and checkpoint.path.is_relative_to(run.folder)
     if checkpoint is not None:
         check_same(checkpoint, run.identity)
         state = state_of(checkpoint)
         state.stop_reason = state.stop_reason or asked_to_stop(checkpoint)
-        if own and code == DONE and (state.stop_reason or state.step >= run.total_steps):
+        if done and is_own(checkpoint, run) and (state.stop_reason or state.step >= run.total_steps):
             raise Finished(run.folder, how_to_go_on(run, state))
         restore(run, checkpoint)
-        if not own:
+        if not is_own(checkpoint, run):
             branch_off(run)
-    elif code == DONE:
+    elif done:
         raise InputError(f"{short(run.folder)} holds a run that is done, without checkpoints; choose another --out")
     keep = Keep(cfg.keep_last, cfg.keep_every)
     run.saver = Saver(run.folder / FOLDER, copying=devices.control, writing=devices.checkpoint, keep=keep)
-    if checkpoint is not None and own:
+    if is_own(checkpoint, run):
         run.saver.resumed(checkpoint)
     return checkpoint, skipped
 
 
-def _introduce(run: Run, name: str, checkpoint: Checkpoint | None, skipped: list[str]) -> None:
+def _introduce(run: Run, name: str, checkpoint: Checkpoint | None) -> None:
     """Say what runs and what it goes on from, and connect the tracker; rank 0 does."""
-    for why in skipped:
-        run.tracking.warn(f"skipped a checkpoint: {why}")
-    if run.started_before and checkpoint is None:
-        run.tracking.warn(f"{short(run.folder)} held a run that was never saved; it starts over")
     for line in introduction(run, name):
         run.tracking.say(line)
     for warning in doubts(run):
@@ -96,10 +102,8 @@ def _introduce(run: Run, name: str, checkpoint: Checkpoint | None, skipped: list
     if checkpoint is not None:
         for line in continuation(run, checkpoint):
             run.tracking.say(line)
-    own = checkpoint is not None and checkpoint.path.is_relative_to(run.folder)
-    run.tracking.start_tracker(
-        run.cfg.track, name, asdict(run.cfg), str(checkpoint.state["tracker"]) if checkpoint is not None and own else ""
-    )
+    known = str(checkpoint.state["tracker"]) if is_own(checkpoint, run) else ""
+    run.tracking.start_tracker(run.cfg.track, name, asdict(run.cfg), known)
 
 
 def branch_off(run: Run) -> None:
@@ -137,7 +141,6 @@ def continuation(run: Run, checkpoint: Checkpoint) -> list[str]:
 
 def write_beginning(run: Run, source: str | None, checkpoint: Checkpoint | None) -> None:
     """Record what runs, and open the files of the run folder, cut back to the checkpoint it goes on from."""
-    run.started_before = (run.folder / ENVIRONMENT).exists()
     (run.folder / "exit.json").unlink(missing_ok=True)
     (run.folder / "result.json").unlink(missing_ok=True)
     # first the file by which a folder is known as a run's
@@ -146,8 +149,7 @@ def write_beginning(run: Run, source: str | None, checkpoint: Checkpoint | None)
     keep_source(run.folder, source)
     if (run.folder / FOLDER).is_dir():
         clear_leftovers(Files(), run.folder / FOLDER)
-    own = checkpoint is not None and checkpoint.path.is_relative_to(run.folder)
-    keep = tuple(int(n) for n in checkpoint.state["lines"]) if checkpoint is not None and own else (0, 0)
+    keep = tuple(int(n) for n in checkpoint.state["lines"]) if is_own(checkpoint, run) else (0, 0)
     run.tracking = Tracking(
         run.folder, total_steps=run.total_steps, by_epoch=run.cfg.validate_every is None, keep=(keep[0], keep[1])
     )

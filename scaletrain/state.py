@@ -1,6 +1,7 @@
 """Every counter of a run."""
 
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from typing import Any
 
 
@@ -30,6 +31,16 @@ class State:
     """Step of the last test; -1 before the first."""
     stop_reason: str = ""
     """Why training ended before its last step; empty if it did not."""
+
+    def judge(self, metrics: dict[str, float], value: float, *, higher_is_better: bool) -> None:
+        """Take note of a validation: whether ``value``, of the monitored metric, is the best so far."""
+        self.validated_step = self.step
+        better = self.best is None or (value > self.best if higher_is_better else value < self.best)
+        if better and isfinite(value):
+            self.best, self.best_step, self.best_metrics = value, self.step, metrics
+            self.validations_without_progress = 0
+        else:
+            self.validations_without_progress += 1
 
     def to_dict(self) -> dict[str, Any]:
         """Return every counter by name."""

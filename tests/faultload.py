@@ -9,6 +9,8 @@ import os
 import random
 from pathlib import Path
 
+import pytest
+
 ALL = os.environ.get("SCALETRAIN_FAULTS") == "all"
 
 
@@ -21,6 +23,11 @@ def draw(row, seed=0):
     """A random generator of its own for each row of the matrix; the seed is printed so that a failure can be redone."""
     print(f"{row}: seed {seed}")
     return random.Random(f"{row} {seed}")
+
+
+def cannot(why):
+    """Skip a row that this machine cannot run, as a container without mount rights; where all is asked for, fail."""
+    (pytest.fail if ALL else pytest.skip)(why)
 
 
 def report(row, injections, outcome):

@@ -82,6 +82,7 @@ def serve():
     from scaletrain.checkpoint.commit import Commit
 
     noisy.shard_where_asked()
+    noisy.tell_what_was_loaded()
     commit = Commit.__call__
 
     def commit_and_tell(self, step, *args):

@@ -19,10 +19,12 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
-from scaletrain import Config, Recipe, build, constant, cosine, one_cycle, step_decay, warmup_cosine
+from scaletrain import Config, Recipe, build, constant, cosine, one_cycle, opening, step_decay, warmup_cosine
 from scaletrain.agreement import Wishes
+from scaletrain.checkpoint.export import named_tensors
 from scaletrain.checkpoint.files import Files
 from scaletrain.checkpoint.tensors import is_sharded, local_part
+from scaletrain.optimizers import saved_state
 
 SCHEDULES = {f.__name__: f for f in (constant, cosine, one_cycle, step_decay, warmup_cosine)}
 OPTIMIZERS = {
@@ -183,6 +185,30 @@ def digest(run):
         if isinstance(hook, Average):
             found.update(hook.average.numpy().tobytes() + str((hook.count, hook.notes)).encode())
     return found.hexdigest()[:16]
+
+
+def of_tensors(model, optimizer):
+    """A hash of whole tensors by name, however they are divided. Every rank must reach this line."""
+    found = hashlib.sha256()
+    for part in (model, optimizer):
+        for name in sorted(part):
+            whole = (part[name].full_tensor() if is_sharded(part[name]) else part[name]).detach()
+            found.update(f"{name} {tuple(whole.shape)} {whole.dtype}".encode() + whole.contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def tell_what_was_loaded():
+    """Let every rank write, as soon as a checkpoint is restored, what it then has: ``loaded-STEP`` in the record."""
+    restore = opening.restore
+
+    def restore_and_tell(run, checkpoint):
+        restore(run, checkpoint)
+        if run.cfg.record:
+            optimizer, _ = saved_state(run.module, run.optimizer, run.built)
+            with (Path(run.cfg.record) / f"loaded-{run.state.step}").open("a") as file:
+                file.write(f"{run.devices.world_size} {of_tensors(named_tensors(run.module), optimizer)}\n")
+
+    opening.restore = restore_and_tell
 
 
 def hooks(cfg):

@@ -14,7 +14,7 @@ import pytest
 import torch
 import tracing
 from crashes import Recorder, contents, in_memory, materialize, read_tree, replay, survey
-from faultload import ALL, amount, draw, report
+from faultload import ALL, amount, cannot, draw, report
 from forked import newest, on_ranks, parts, record, save, save_until_killed, state
 from launching import ROOT, TORCHRUN
 from safetensors.torch import load_file
@@ -282,7 +282,7 @@ for number in range(3):
 def traced(tmp_path_factory):
     """What programs that save do to a disk, by the name of the folder that they save to."""
     if why := tracing.why_not():
-        pytest.skip(why)
+        cannot(why)
     root, world = tmp_path_factory.mktemp("traced"), uuid.uuid4().hex
     names = ("one process", "with hooks", "two ranks", "in place", "rotating")
     for name in names:

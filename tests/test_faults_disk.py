@@ -16,7 +16,7 @@ import pytest
 import tiny
 import torch
 from crashes import OPERATIONS, in_memory
-from faultload import ALL, amount, draw, report
+from faultload import ALL, amount, cannot, draw, report
 from forked import Injection, as_nobody, newest, on_ranks, operations, save, save_with_failures, state
 
 from scaletrain import main
@@ -119,7 +119,7 @@ def small_disk(path, **options):
     words = ",".join(f"{name}={value}" for name, value in options.items())
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", words, "none", path], capture_output=True, check=False)
     if mounted.returncode:
-        pytest.skip(f"mounting a small disk is not permitted here: {mounted.stderr.decode().strip()}")
+        cannot(f"mounting a small disk is not permitted here: {mounted.stderr.decode().strip()}")
     try:
         yield path
     finally:

@@ -23,7 +23,7 @@ import psutil
 import pytest
 import tiny
 import torch
-from faultload import amount, draw, report
+from faultload import amount, cannot, draw, report
 from hostile import (
     BOMBS,
     DAMAGES,
@@ -315,7 +315,7 @@ def test_what_is_no_plain_file_is_refused(rule, make, name, folder, outside, rea
     try:
         make(folder / name, outside)
     except PermissionError:
-        pytest.skip("only root makes devices")
+        cannot("only root makes devices")
     refused(read, folder, rule)
     counted["B4"] += 1
 

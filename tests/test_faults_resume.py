@@ -14,9 +14,10 @@ from faultload import ALL, amount, draw, report
 from killing import Ranks, nursery
 
 from scaletrain import build, start, train
+from scaletrain.checkpoint.format import STATE
 from scaletrain.checkpoint.load import load_new
 from scaletrain.checkpoint.tensors import is_sharded
-from scaletrain.checkpoint.verify import open_checkpoint
+from scaletrain.checkpoint.verify import newest_whole, open_checkpoint
 from scaletrain.optimizers import saved_state
 
 STEPS = 8
@@ -161,10 +162,18 @@ def test_another_number_of_processes_sees_the_same_examples_and_the_same_curve(c
     wanted = tmp_path / "whole"
     assert ranks(1, [*argv, "--out", wanted / "run", "--record", wanted], wanted / "log").codes() == [0]
     found = tmp_path / "chain"
+    loaded = 0
     for world_size, until, more in CHAINS[chain]:
+        saved, _ = newest_whole(found / "run/checkpoints")
         leaving = ["--leave-at", until] if until else []
         trial = ranks(world_size, [*argv, "--out", found / "run", "--record", found, *more, *leaving], found / "log")
         assert trial.codes() == [75 if until else 0] * world_size, trial.said()
+        if saved is not None:
+            told = (found / f"loaded-{saved.step}").read_text().splitlines()
+            there = noisy.of_tensors(load_new(saved, "model"), load_new(saved, "optimizer"))
+            assert told == [f"{world_size} {there}"] * world_size
+            loaded += 1
+    assert loaded == len(CHAINS[chain]) - 1
     whole, pieces = noisy.losses(wanted), noisy.losses(found)
     assert pieces.keys() == whole.keys() == set(range(1, 23))
     furthest = max(abs(pieces[step] - loss) / loss for step, loss in whole.items())
@@ -173,4 +182,34 @@ def test_another_number_of_processes_sees_the_same_examples_and_the_same_curve(c
     assert [line["step"] for line in lines[0]] == [line["step"] for line in lines[1]]
     for one, other in zip(*lines, strict=True):
         assert one == pytest.approx(other, rel=1e-9)
-    report(f"E3 processes {chain}", len(CHAINS[chain]) - 1, f"same curve, furthest {furthest:.1e} apart (float64)")
+    curve = f"same curve, furthest {furthest:.1e} apart (float64)"
+    report(f"E3, E4 processes {chain}", loaded, f"weights and optimizer bit-equal right after loading; {curve}")
+
+
+CHANGED = ("environment", "config", "total_steps")
+"""What the second start says otherwise: it is told to go further."""
+AGAIN = {name: WORLDS[name] for name in ("DDP on 3 processes", "FSDP2 on 2 processes", "one process")}
+
+
+@pytest.mark.parametrize("world", [pytest.param(w, marks=WORLDS[w][0]) for w in AGAIN])
+def test_saving_again_without_training_writes_the_same_bytes(world, shared_path, sharding):
+    cases = draw(f"E2 {world}").sample(CASES, amount(7, 1))
+    for number, case in enumerate(cases):
+        out = shared_path / f"{number}"
+        first, run = run_to_the_end(noisy.recipe, config(out, *case, **WORLDS[world][2]))
+        for times in range(2):  # two resumes in a row
+            run = start(noisy.recipe, config(out, *case, **WORLDS[world][2], max_steps=2 * STEPS))
+            run.saver.saved_step = -1
+            run.saver.folder = run.saver._commit.folder = shared_path / f"again {number} {times}"
+            run.save()
+            run.saver.wait()
+        saved = [open_checkpoint(f / f"step-{STEPS:09d}") for f in (out / "checkpoints", run.saver.folder)]
+        one, other = [{n: f for n, f in c.manifest.files.items() if n != STATE} for c in saved]
+        assert one == other, case
+        one, other = [{k: v for k, v in c.state.items() if k not in CHANGED} for c in saved]
+        assert one == other, case
+        assert len(first) == STEPS
+    if int(os.environ.get("RANK", 0)) == 0:
+        report(
+            f"E2 resumed twice and saved again, {world}", len(cases), "the same bytes but for options and environment"
+        )

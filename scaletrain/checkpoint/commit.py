@@ -106,13 +106,12 @@ class Commit:
 
     def _publish(self, step: int, temporary: Path, said: list[str]) -> str:
         files = {name: Listed(*entry) for text in said for name, entry in json.loads(text)["files"].items()}
-        for name, (size, _) in files.items():
-            with (
-                folder_descriptor(temporary) as folder,
-                regular_file(folder, name, f"{temporary / name}") as (_, found),
-            ):
-                if found != size:
-                    raise CheckpointError("size", f"{temporary / name}: size: {found:,} bytes, {size:,} were written")
+        with folder_descriptor(temporary) as folder:
+            for name, (size, _) in files.items():
+                what = f"{temporary / name}"
+                with regular_file(folder, name, what) as (_, found):
+                    if found != size:
+                        raise CheckpointError("size", f"{what}: size: {found:,} bytes, {size:,} were written")
         manifest = Manifest(step, self._world_size, files).to_json()
         write_file(self._files, temporary / MANIFEST, [memoryview(manifest)])
         self._files.fsync_folder(temporary)

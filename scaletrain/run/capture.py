@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from scaletrain.agreement import gather_texts
+from scaletrain.agreement import gather_texts, together
 from scaletrain.checkpoint.export import named_tensors
 from scaletrain.errors import CheckpointError
 from scaletrain.folder import describe_environment, strict
@@ -35,22 +35,17 @@ def captured(run: Run, unfinished: StepInfo | None = None) -> tuple[dict[str, di
         norm = unfinished.grad_norm
         own["step"] = [number(unfinished.loss), None if norm is None else number(norm), bool(unfinished.finite)]
         dtypes = [str(value.dtype).removeprefix("torch.") for value in (unfinished.loss, norm) if value is not None]
-    optimizer: dict[str, Tensor] = {}
     hooks: dict[str, Tensor] = {}
-    kept: dict[str, Any] = {}
-    states: dict[str, Any] = {}
-    try:
-        optimizer, kept = saved_state(run.module, run.optimizer, run.built)
-        states = {name: taken_apart(hook.state_dict(), name, hooks) for name, hook in stateful_hooks(run).items()}
-    except CheckpointError as error:
-        own["error"] = [error.rule, str(error)]
+
+    def states() -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+        own_hooks = {n: taken_apart(hook.state_dict(), n, hooks) for n, hook in stateful_hooks(run).items()}
+        return *saved_state(run.module, run.optimizer, run.built), own_hooks
+
+    optimizer, kept, of_hooks = together(states, run.devices.control)
     shapes = {name: f"{tensor.dtype} {tuple(tensor.shape)}" for name, tensor in hooks.items()}
-    said = gather_texts(json.dumps([own, shapes]), run.devices.control)
-    ranks = [own for own, _ in map(json.loads, said)]
-    for rank in ranks:
-        if "error" in rank:
-            raise CheckpointError(*rank["error"])
-    _check_alike([shapes for _, shapes in map(json.loads, said)])
+    said = [json.loads(text) for text in gather_texts(json.dumps([own, shapes]), run.devices.control)]
+    _check_alike([shapes for _, shapes in said])
+    ranks = [own for own, _ in said]
     run.devices.broadcast_buffers(run.module)
     facts = {
         "state": numbers(run.state.to_dict()),
@@ -65,7 +60,7 @@ def captured(run: Run, unfinished: StepInfo | None = None) -> tuple[dict[str, di
         "tracker": run.tracking.tracker_run,
         "optimizer": kept,
         "scaler": None if run.gradients.scaler is None else run.gradients.scaler.state_dict(),
-        "hooks": states,
+        "hooks": of_hooks,
         "identity": run.identity,
         "config": strict(asdict(run.cfg)),
         "total_steps": run.total_steps,

@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from math import isfinite
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -69,8 +68,6 @@ class Run:
     saver: Saver | None = None
     """Writes the checkpoints; None until the run has a folder."""
     signals: Signals = field(default_factory=Signals)
-    started_before: bool = False
-    """Whether the folder already held a run."""
     paused_seconds: float = 0.0
     """Time spent in validation so far, which throughput leaves out."""
 
@@ -230,7 +227,7 @@ class Run:
         own or with other weights, which are not to be saved. Every rank must reach this line.
         """
         code = self.requests.told_to_leave()
-        if code and self.saver is not None and self._due_with and self._due_with == self._weights():
+        if code and self.saver is not None and self._due_with == self._weights():
             self.leave(code)
         with self.devices.autocast():
             if self.recipe.evaluate is None:
@@ -248,16 +245,8 @@ class Run:
         self.metrics.update(metrics)
         if split == "test":
             self.state.tested_step = self.state.step
-        if split != "val":
-            return metrics
-        state, value = self.state, metrics[self.cfg.monitored_metric]
-        state.validated_step = state.step
-        better = state.best is None or (value > state.best if self.cfg.higher_is_better else value < state.best)
-        if better and isfinite(value):
-            state.best, state.best_step, state.validations_without_progress = value, state.step, 0
-            state.best_metrics = metrics
-        else:
-            state.validations_without_progress += 1
+        elif split == "val":
+            self.state.judge(metrics, metrics[self.cfg.monitored_metric], higher_is_better=self.cfg.higher_is_better)
         return metrics
 
     def log(self, values: Mapping[str, float | Tensor]) -> None:
@@ -276,11 +265,8 @@ class Run:
     def save_due(self, info: StepInfo) -> bool:
         """Whether to save after this step: its number, the best score, the clock or a signal asks for it."""
         every = self.cfg.checkpoint_every
-        return (
-            self.requests.save_granted
-            or self.state.best_step == info.step
-            or (every is not None and info.step % every == 0)
-        )
+        asked = self.requests.save_granted or (every is not None and info.step % every == 0)
+        return asked or self.state.best_step == info.step
 
     def save(self, unfinished: StepInfo | None = None) -> None:
         """Begin to save this step; training goes on when all is copied. Every rank must reach this line.
