@@ -72,7 +72,7 @@ def run_world(nodeid, folder, root, n, timeout=120):
         _answer(30)
     problem = problem or (f"processes were left over: {left}" if left else "")
     if problem:
-        logs = [f"--- {path.stem} ---\n{path.read_text()[-6000:]}" for path in sorted(folder.glob("*.log"))]
+        logs = [f"--- {path.stem} ---\n{path.read_text()[-30_000:]}" for path in sorted(folder.glob("*.log"))]
         pytest.fail("\n".join([problem, *logs]), pytrace=False)
 
 
