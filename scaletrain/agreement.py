@@ -5,6 +5,7 @@ In the main thread everything runs on the ``control`` group (gloo). No message i
 
 import json
 from collections.abc import Callable
+from math import prod
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -92,6 +93,21 @@ def gather_texts(text: str, group: dist.ProcessGroup | None) -> list[str]:
     texts = [torch.zeros_like(padded) for _ in sizes]
     dist.all_gather(texts, padded, group=group)
     return [t[: int(size)].numpy().tobytes().decode() for t, size in zip(texts, sizes, strict=True)]
+
+
+def gather_tensors(tensor: Tensor, group: dist.ProcessGroup | None) -> list[Tensor]:
+    """Return every rank's tensor on the CPU, of any shape and dtype each. Every rank must reach this line."""
+    if group is None:
+        return [tensor]
+    content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+    heads = [json.loads(text) for text in gather_texts(json.dumps([str(tensor.dtype), *tensor.shape]), group)]
+    wholes = [(getattr(torch, dtype.removeprefix("torch.")), shape) for dtype, *shape in heads]
+    sizes = [dtype.itemsize * prod(shape) for dtype, shape in wholes]
+    padded = torch.zeros(max(sizes), dtype=torch.uint8)
+    padded[: len(content)] = content
+    found = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(found, padded, group=group)
+    return [f[:size].view(dtype).view(shape) for f, size, (dtype, shape) in zip(found, sizes, wholes, strict=True)]
 
 
 def together(work: Callable[[], T], group: dist.ProcessGroup | None) -> T:

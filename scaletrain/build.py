@@ -18,7 +18,7 @@ from scaletrain.errors import InputError
 from scaletrain.hooks import all_hooks
 from scaletrain.loader import HeldOut, Loader, chosen_workers, length, make_reader
 from scaletrain.loop import forward_backward, train_step
-from scaletrain.metrics import Sums
+from scaletrain.metrics import Objects, Sums
 from scaletrain.opening import open_folder
 from scaletrain.optimizers import parameter_names
 from scaletrain.order import Share, Shuffled, micro_batch_count
@@ -26,6 +26,7 @@ from scaletrain.recipe import Data, Recipe, fingerprint
 from scaletrain.run import Run, Step
 from scaletrain.run.resume import identity
 from scaletrain.signals import Signals
+from scaletrain.sources.table import as_table
 
 
 def start(
@@ -67,6 +68,8 @@ def start(
         identity=identity(cfg, fingerprint(data), loader.share.order),
         signals=signals or Signals(),
     )
+    objects = recipe.metrics(cfg, data) if recipe.metrics else {}
+    run.metric_objects = Objects(objects, data.classes, devices.device, devices.control)
     run.hooks = all_hooks(recipe.hooks(cfg) if recipe.hooks else ())
     names = together(lambda: check_monitor(run), devices.control)
     if len(set(gather_texts(names, devices.control))) > 1:
@@ -98,6 +101,8 @@ def load_data(recipe: Recipe, cfg: Config, devices: Devices) -> Data:
         data = recipe.data(cfg)
         if not isinstance(data, Data):
             raise InputError(f"data returned a {type(data).__name__}; return Data(train=..., val=...)")
+        for split in ("train", "val", "test") if recipe.collate is None else ():
+            setattr(data, split, as_table(getattr(data, split), split))
         return data
 
     data = first_then_others(load, devices.control)
@@ -186,11 +191,13 @@ def check_monitor(run: Run) -> str:
         if cfg.patience is not None:
             raise InputError("--patience needs validation examples, but the recipe's data has no val")
         return ""
-    sums = Sums(run.devices.sums_in, run.devices.device)
+    sums = Sums(run.devices.sums_in, run.devices.device, run.metric_objects)
     with run.evaluating():
         batch, counted = next(iter(run.held_out["val"]))
         sums.add(run.evaluate(batch), length(batch), run.weight(batch), counted=counted > 0)
-    names = [f"val_{name}" for name in sums.names]
+    for metric in run.metric_objects.metrics.values():
+        metric.reset()
+    names = [f"val_{name}" for name in (*sums.names, *run.metric_objects.metrics)]
     if cfg.monitored_metric not in names:
         raise InputError(
             f"--monitor {cfg.monitor}: evaluate does not return {cfg.monitored_metric}; it returns {', '.join(names)}"

@@ -12,13 +12,15 @@ from torch.utils.data import DataLoader, default_collate
 
 from scaletrain.devices import copies_without_waiting
 from scaletrain.errors import InputError
-from scaletrain.order import Indices, Share, micro_batch_count, seed_for, split
-from scaletrain.recipe import Batch, Columns
+from scaletrain.order import Indices, Order, Share, micro_batch_count, seed_for, split
+from scaletrain.recipe import Batch, Columns, Part
 from scaletrain.signals import obey_parent_alone
 
 T = TypeVar("T")
 Request = tuple[Indices, Indices]
 """Positions in the stream, which seed what is random, and the examples to read there."""
+
+Collate = Callable[[list[Any]], Batch]
 
 WORKER_TIMEOUT_SECONDS = 300
 INDEX_BLOCK = 8192
@@ -43,16 +45,52 @@ class MicroBatch(NamedTuple):
 
 
 class ColumnReader:
-    """Read batches from columns in memory: one gather per column."""
+    """Read batches from columns in memory, or mapped into it: one gather per column."""
 
-    def __init__(self, columns: Columns) -> None:
-        self.columns = columns
-        self.n = len(next(iter(columns.values())))
+    def __init__(self, columns: Columns, rows: Order | None = None, n: int | None = None) -> None:
+        self.columns, self.rows = columns, rows
+        self.n = len(next(iter(columns.values()))) if n is None else n
         self.row_bytes = sum(column[0].nbytes for column in columns.values())
 
     def __call__(self, request: Request) -> Batch:
-        indices = torch.from_numpy(request[1])
+        indices = torch.from_numpy(request[1] if self.rows is None else self.rows(request[1]))
         return NamedColumns({name: column.index_select(0, indices) for name, column in self.columns.items()})
+
+
+class BatchReader:
+    """Read batches from a map-style dataset that takes many indices at once: ``dataset.__getitems__(indices)``.
+
+    It returns a dict of columns, used as it is, or a list of examples. Nothing in it may be random: which examples
+    are read together depends on the number of processes. What is random belongs into ``__getitem__`` or ``augment``.
+    """
+
+    def __init__(
+        self, dataset: Any, collate: Collate | None, rows: Order | None, n: int, *, double: bool = False
+    ) -> None:
+        self.dataset, self.collate, self.rows, self.n, self.double = dataset, collate, rows, n, double
+        self._checked = False
+
+    def __call__(self, request: Request) -> Batch:
+        indices = request[1] if self.rows is None else self.rows(request[1])
+        found = self._first(indices) if not self._checked else self.dataset.__getitems__(indices.tolist())
+        if self.collate is not None and isinstance(found, Mapping):
+            found = [{name: column[i] for name, column in found.items()} for i in range(len(indices))]
+        if isinstance(found, list):
+            found = (self.collate or default_collate)(found)
+        return found if self.double else _narrow(found)
+
+    __getitem__ = __call__  # DataLoader asks this way
+
+    def _first(self, indices: Indices) -> Any:
+        before = _random_states()
+        found = self.dataset.__getitems__(indices.tolist())
+        if _random_states() != before:
+            raise InputError(
+                f"{type(self.dataset).__name__}.__getitems__ draws random numbers, so that its examples would depend on "
+                "the number of processes; draw them in __getitem__ (without __getitems__), or in the recipe's augment"
+            )
+        self._checked = True
+        return found
 
 
 class ExampleReader:
@@ -63,13 +101,22 @@ class ExampleReader:
     """
 
     def __init__(
-        self, dataset: Any, collate: Callable[[list[Any]], Batch] | None, seed: int, *, double: bool = False
+        self,
+        dataset: Any,
+        collate: Collate | None,
+        seed: int,
+        rows: Order | None = None,
+        n: int | None = None,
+        *,
+        double: bool = False,
     ) -> None:
         self.dataset, self.collate, self.seed, self.double = dataset, collate or default_collate, seed, double
-        self.n = len(dataset)
+        self.rows, self.n = rows, len(dataset) if n is None else n
 
     def __call__(self, request: Request) -> Batch:
-        batch = self.collate([self._example(int(p), int(i)) for p, i in zip(*request, strict=True)])
+        positions, indices = request
+        indices = indices if self.rows is None else self.rows(indices)
+        batch = self.collate([self._example(int(p), int(i)) for p, i in zip(positions, indices, strict=True)])
         return batch if self.double else _narrow(batch)
 
     __getitem__ = __call__  # DataLoader asks this way
@@ -82,7 +129,7 @@ class ExampleReader:
         return self.dataset[index]
 
 
-Reader = ColumnReader | ExampleReader
+Reader = ColumnReader | BatchReader | ExampleReader
 
 
 class Loader:
@@ -189,13 +236,18 @@ def chosen_workers(reader: Reader, asked: int | None, local_world_size: int) -> 
     return asked if asked is not None else max(0, min(4, (os.cpu_count() or 1) // local_world_size - 1))
 
 
-def make_reader(examples: Any, collate: Callable[[list[Any]], Batch] | None, seed: int, *, double: bool) -> Reader:
+def make_reader(examples: Any, collate: Collate | None, seed: int, *, double: bool) -> Reader:
     """Choose how ``examples`` are read; float64 columns become float32 unless the model is ``double``."""
-    if not isinstance(examples, dict):
-        return ExampleReader(examples, collate, seed, double=double)
-    if collate is not None:
-        raise InputError("collate is for data that is read example by example, but the data is columns; leave it out")
-    return ColumnReader(examples if double else _narrow(examples))
+    n = len(examples)
+    whole, rows = (examples.whole, examples.rows) if isinstance(examples, Part) else (examples, None)
+    if isinstance(whole, Mapping):
+        if collate is not None:
+            raise InputError("collate is for data read example by example, but the data is columns; leave it out")
+        n = n if rows is not None else len(next(iter(whole.values())))
+        return ColumnReader(dict(whole) if double else _narrow(whole), rows, n)
+    if hasattr(whole, "__getitems__"):
+        return BatchReader(whole, collate, rows, n, double=double)
+    return ExampleReader(whole, collate, seed, rows, n, double=double)
 
 
 def length(batch: Batch) -> int:
@@ -239,6 +291,10 @@ def _narrow(batch: Batch) -> Batch:
         narrow = [_narrow(leaf) for leaf in batch]
         return type(batch)(*narrow) if hasattr(batch, "_fields") else type(batch)(narrow)
     return batch
+
+
+def _random_states() -> tuple[Any, ...]:
+    return torch.default_generator.get_state().numpy().tobytes(), random.getstate(), str(np.random.get_state())
 
 
 def _leave_signals_to_training(worker: int) -> None:

@@ -73,7 +73,7 @@ def validate(run: Run, split: str = "val") -> dict[str, float]:
     Returns the recipe's figures with the split's name in front: ``val_loss``, ``val_accuracy``. Every process
     calls it.
     """
-    sums = Sums(run.devices.sums_in, run.devices.device)
+    sums = Sums(run.devices.sums_in, run.devices.device, run.metric_objects)
     with run.evaluating():
         for batch, counted in run.held_out[split]:
             sums.add(run.evaluate(batch), length(batch), run.weight(batch), counted=counted > 0)

@@ -1,20 +1,107 @@
-"""Means over examples that lie on several processes: sums and counts, added up once at the end."""
+"""Figures of a validation over examples that lie on several processes, each counted once."""
 
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from scaletrain.agreement import gather_tensors
 from scaletrain.errors import InputError
+
+OUTPUTS = "outputs"
+"""What ``evaluate`` calls the arguments of the metric objects."""
+MOST_VALUES = 10_000
+
+
+class Objects:
+    """Metrics that are not means, as AUROC or F1: torchmetrics objects, whose states the processes share at the end."""
+
+    def __init__(
+        self,
+        metrics: Mapping[str, Any],
+        classes: Sequence[str] | None,
+        device: torch.device,
+        group: dist.ProcessGroup | None,
+    ) -> None:
+        self.metrics, self.classes, self._group = dict(metrics), classes, group
+        for name, metric in self.metrics.items():
+            if not callable(getattr(metric, "update", None)) or not callable(getattr(metric, "compute", None)):
+                raise InputError(f"metrics returned a {type(metric).__name__} as '{name}'; return torchmetrics objects")
+            metric.to(device)
+            for part in metric.modules():
+                part.dist_sync_fn = self._share
+                part.distributed_available_fn = lambda: group is not None
+            metric.reset()
+
+    def add(self, outputs: Any, *, counted: bool) -> None:
+        """Show one batch to every metric: ``outputs`` are the arguments of its ``update``, as a tuple or by name."""
+        if not self.metrics:
+            return
+        if outputs is None:
+            raise InputError(
+                f"evaluate returns no '{OUTPUTS}', which the recipe's metrics are fed with: a tuple or a dict"
+            )
+        for metric in self.metrics.values() if counted else ():
+            if isinstance(outputs, Mapping):
+                metric.update(**outputs)
+            else:
+                metric.update(*(outputs if isinstance(outputs, tuple | list) else (outputs,)))
+
+    def values(self) -> dict[str, float]:
+        """Return the value of every metric; one for each class gets the class's name behind a slash.
+
+        Every rank must reach this line.
+        """
+        found: dict[str, float] = {}
+        for name, metric in self.metrics.items():
+            for part in metric.modules():
+                _pack_lists(part)
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", ".*was called before the ``update`` method")  # nothing on this rank
+                value = metric.compute()
+            for key, one in value.items() if isinstance(value, Mapping) else [(None, value)]:
+                found |= self._named(name if key is None else f"{name}/{key}", torch.as_tensor(one))
+            metric.reset()
+        return found
+
+    def _named(self, name: str, value: Tensor) -> dict[str, float]:
+        if value.numel() > MOST_VALUES:
+            raise InputError(f"the metric '{name}' has {value.numel():,} values; at most {MOST_VALUES:,} are recorded")
+        if value.ndim == 0:
+            return {name: float(value)}
+        known = self.classes is not None and len(self.classes) == len(value)
+        names = self.classes if known else range(len(value))
+        rows = zip(names, value.unbind(), strict=True)  # type: ignore[arg-type]  # known
+        return {n: v for cls, row in rows for n, v in self._named(f"{name}/{cls}", row).items()}
+
+    def _share(self, state: Tensor, group: Any = None) -> list[Tensor]:
+        """Gather a metric's state; the empty ones of ranks that saw nothing are of any shape, and left out."""
+        gathered = gather_tensors(state, self._group)
+        return [part.to(state.device) for part in gathered if part.numel()] or [state]
+
+
+def _pack_lists(metric: Any) -> None:
+    """Make one tensor of each state that is a list, so that every rank has as many to share."""
+    for name in getattr(metric, "_reductions", ()):
+        state = getattr(metric, name)
+        if isinstance(state, list):
+            setattr(
+                metric, name, [torch.cat([torch.atleast_1d(part) for part in state])] if state else [torch.zeros(0)]
+            )
 
 
 class Sums:
-    """Weighted sums of named figures, kept on the device; one reduction gives the means."""
+    """Weighted sums of named figures, kept on the device; one reduction gives the means.
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype, self.device = dtype, device
+    ``objects`` are the metrics that are not means.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, objects: Objects | None = None) -> None:
+        self.dtype, self.device, self.objects = dtype, device, objects
         self._totals: dict[str, Tensor] = {}  # name -> (2,) sum, count
         self.examples = 0
 
@@ -25,7 +112,11 @@ class Sums:
         """
         if not isinstance(values, dict):
             raise InputError(f"evaluate returned a {type(values).__name__}; return a dict of named figures")
+        if self.objects is not None:
+            self.objects.add(values.get(OUTPUTS), counted=counted)
         for name, value in values.items():
+            if name == OUTPUTS:
+                continue
             total, count = self._sum_and_count(name, value, examples, weight)
             pair = torch.stack([self._scalar(total), self._scalar(count)])
             if not counted:
@@ -35,21 +126,22 @@ class Sums:
 
     @property
     def names(self) -> list[str]:
-        """The figures added so far, in the same order on every process."""
+        """The means added so far, in the same order on every process."""
         return sorted(self._totals)
 
     def means(self, add_up: Callable[[Tensor], Tensor], *, expected: int) -> dict[str, float]:
-        """Return each figure's mean over all processes; ``add_up`` adds a tensor over them.
+        """Return each figure over all processes, and the number of ``examples``; ``add_up`` adds a tensor over them.
 
         Raises RuntimeError unless exactly ``expected`` examples were counted. Waits for the device.
         """
         names = self.names
-        rows = torch.stack([self._totals[name] for name in names])
-        examples = rows.new_tensor([[self.examples, 0.0]])
-        *sums, counted = add_up(torch.cat([rows, examples])).tolist()
+        rows = [self._totals[name] for name in names]
+        examples = torch.tensor([self.examples, 0.0], dtype=self.dtype, device=self.device)
+        *sums, counted = add_up(torch.stack([*rows, examples])).tolist()
         if counted[0] != expected:
             raise RuntimeError(f"{counted[0]:.0f} examples were evaluated instead of {expected}")
-        return {name: total / count if count else math.nan for name, (total, count) in zip(names, sums, strict=True)}
+        means = {name: total / count if count else math.nan for name, (total, count) in zip(names, sums, strict=True)}
+        return means | (self.objects.values() if self.objects else {}) | {"examples": expected}
 
     def _scalar(self, value: Tensor | float) -> Tensor:
         return torch.as_tensor(value, dtype=self.dtype, device=self.device).detach()

@@ -136,6 +136,12 @@ def seed_for(*keys: int) -> int:
     return word
 
 
+def seeds_for(key: int, numbers: Indices) -> Words:
+    """Return ``seed_for(key, number)`` for each of ``numbers``."""
+    words = (np.uint64(seed_for(key)) ^ _words(numbers)) + np.uint64(STRIDE)
+    return _mix(words)
+
+
 def _permute(places: Words, n: int, key: Words) -> Words:
     a = max(8, isqrt(n - 1) + 1 if n > 1 else 1)  # a smaller square has too few permutations
     b = max(8, -(-n // a))

@@ -25,6 +25,29 @@ Metric = Tensor | tuple[Tensor, Tensor]
 Hook = Callable[[Any, Any], None]
 
 
+@dataclass(frozen=True, eq=False)
+class Part:
+    """Some rows of columns or of a map-style dataset, in an order of their own; nothing is copied.
+
+    ``rows`` maps 0..n-1 to the rows of ``whole``.
+    """
+
+    whole: Any
+    rows: Order
+    n: int
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < self.n:
+            raise IndexError(index)
+        row = int(self.rows(np.array([index]))[0])
+        if isinstance(self.whole, Mapping):
+            return {name: column[row] for name, column in self.whole.items()}
+        return self.whole[row]
+
+
 @dataclass
 class Data:
     """Training examples and, where there are any, held-out ones.
@@ -78,7 +101,11 @@ class Recipe:
     several processes: call it, do not reach for its attributes."""
     evaluate: Callable[[nn.Module, Batch, Any], dict[str, Metric]] | None = None
     """``evaluate(model, batch, cfg)``: named figures, each per example (B,), or a 0-d mean over
-    ``weight(batch)``, or (sum, count). Without it ``val_loss`` comes from ``loss``."""
+    ``weight(batch)``, or (sum, count); ``outputs`` goes to ``metrics``. Without it ``val_loss`` comes from
+    ``loss``."""
+    metrics: Callable[[Any, Data], Mapping[str, Any]] | None = None
+    """``metrics(cfg, data)``: torchmetrics objects by name, for figures that are not means (AUROC, F1, a confusion
+    matrix), fed with what ``evaluate`` returns as ``outputs``: the arguments of their ``update``."""
     optimizer: Callable[[nn.Module, Any], optim.Optimizer] = adamw
     """``optimizer(model, cfg)``."""
     schedule: Schedule = constant
@@ -97,18 +124,30 @@ class Recipe:
 
 
 def fingerprint(data: Data) -> str:
-    """Hash what tells one data set from another: sizes, column types, and a sample of 64 rows of each column."""
+    """Hash what tells one data set from another: sizes, column types, and a sample of 64 rows of each column.
+
+    Of a map-style dataset, its length and, where it has one, what its method ``fingerprint()`` returns.
+    """
     digest = hashlib.sha256()
     for split in ("train", "val", "test"):
-        examples = getattr(data, split)
-        if not isinstance(examples, dict):
-            digest.update(f"{split} {None if examples is None else len(examples)}".encode())
-            continue
+        digest.update(split.encode())
+        _digest(getattr(data, split), digest)
+    return digest.hexdigest()
+
+
+def _digest(examples: Any, digest: "hashlib._Hash") -> None:
+    if isinstance(examples, Part):
+        rows = np.ascontiguousarray(examples.rows(np.linspace(0, examples.n - 1, 64).astype(np.int64)), dtype="<i8")
+        digest.update(f" {examples.n} ".encode() + rows.tobytes())
+        _digest(examples.whole, digest)
+    elif isinstance(examples, Mapping):
         for name, column in examples.items():
-            digest.update(f"{split} {name} {tuple(column.shape)} {column.dtype}".encode())
+            digest.update(f" {name} {tuple(column.shape)} {column.dtype}".encode())
             sample = column[torch.linspace(0, len(column) - 1, 64).long()].contiguous()
             digest.update(sample.view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+    else:
+        known = getattr(examples, "fingerprint", None)
+        digest.update(f" {None if examples is None else len(examples)} {known() if callable(known) else ''}".encode())
 
 
 def unmet(expect: Mapping[str, str] | None, metrics: Mapping[str, float]) -> list[str]:

@@ -249,7 +249,8 @@ def _result_line(place: str, values: Mapping[str, float]) -> str:
     """The tutorial's line: ``epoch 03  train 0.1234  val 0.1200  accuracy 0.9712``."""
     losses = [name for name in ("train_loss", "val_loss", "test_loss") if name in values]
     words = [f"{name.removesuffix('_loss')} {values[name]:.4f}" for name in losses]
-    words += [f"{name.removeprefix('val_')} {value:.4f}" for name, value in values.items() if name not in losses]
+    told = [name for name in values if name not in losses and "/" not in name and not name.endswith("_examples")]
+    words += [f"{name.removeprefix('val_')} {values[name]:.4f}" for name in told]
     return "  ".join([place, *words])
 
 

@@ -18,6 +18,7 @@ from scaletrain.config import Config
 from scaletrain.devices import Devices, seed_generators
 from scaletrain.errors import InputError, Preempted
 from scaletrain.loader import HeldOut, Loader, MicroBatch, length
+from scaletrain.metrics import Objects
 from scaletrain.optimizers import base_values, hyperparameters, set_factors
 from scaletrain.order import MASK, STRIDE, seed_for
 from scaletrain.recipe import Batch, Data, Hook, Metric, Recipe
@@ -61,6 +62,8 @@ class Run:
     """What the run tells; silent until it has a folder."""
     state: State = field(default_factory=State)
     hooks: Sequence[Hook] = ()
+    metric_objects: Objects = field(default_factory=lambda: Objects({}, None, torch.device("cpu"), None))
+    """The recipe's metrics that are not means."""
     metrics: dict[str, float] = field(default_factory=dict)
     """The last value of each validation and test metric."""
     identity: dict[str, Any] = field(default_factory=dict)

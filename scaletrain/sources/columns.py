@@ -1,0 +1,148 @@
+"""Which columns of a table are inputs and labels, and the way from tables to training data."""
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from scaletrain.errors import InputError
+from scaletrain.recipe import Data, Part
+from scaletrain.sources.arrays import no_such_column
+from scaletrain.sources.split import COPIED_BYTES, with_held_out
+from scaletrain.sources.table import Column, Table, kind_of
+
+LABELS = ("label", "labels", "class", "target", "y")
+"""Names by which a column of labels is known, where its type does not tell."""
+MOST_CLASSES = 10_000
+
+
+def to_splits(
+    tables: Mapping[str, Any],
+    where: str,
+    columns: Mapping[str, str | Sequence[str]] | None,
+    image_size: int | None,
+    split_seed: int | None,
+    val_share: float,
+) -> Data:
+    """Return the splits of a source as training data: tensors where they are small, else read from the disk.
+
+    ``tables`` maps train, val and test to a datasets.Dataset each; where there is no val, it is held out.
+    Raises InputError for a column that is not there or holds what cannot be learned from.
+    """
+    wanted = (
+        find(tables["train"].features, where) if columns is None else named(tables["train"].features, columns, where)
+    )
+    label = next((column.sources[0] for column in wanted if column.kind == "label"), None)
+    values, names = (None, None) if label is None else classes(tables["train"], label, where)
+    splits = {}
+    for split in ("train", "val", "test"):
+        if split in tables:
+            for column in wanted:
+                for source in column.sources:
+                    if source not in tables[split].features:
+                        raise no_such_column(f"{where}: {split}", source, tables[split].features)
+            splits[split] = Table(
+                tables[split], wanted, values, image_size, where if split == "train" else f"{where}: {split}"
+            )
+    labels = None if label is None else splits["train"].label(next(c.name for c in wanted if c.kind == "label"))
+    data = with_held_out(Data(**splits, classes=names), split_seed, val_share, labels)
+    return Data(in_memory(data.train), *(None if s is None else in_memory(s) for s in (data.val, data.test)), names)
+
+
+def in_memory(examples: Table | Part) -> Any:
+    """Return the columns as tensors where they are numbers and small; else ``examples`` as they are."""
+    whole = examples.whole if isinstance(examples, Part) else examples
+    if any(column.kind == "text" for column in whole.columns):
+        return examples
+    row_bytes = sum(column.nbytes for column in whole.__getitems__([0]).values())
+    if row_bytes * len(examples) > COPIED_BYTES:
+        return examples
+    rows = np.arange(len(examples))
+    if isinstance(examples, Part):
+        rows = examples.rows(rows)
+    try:
+        return whole.__getitems__(rows)
+    except RuntimeError as error:  # torch.stack
+        if "equal size" not in str(error):
+            raise
+        raise InputError(f"{whole.where}: the images have different sizes; give image_size") from None
+
+
+def find(features: Mapping[str, Any], where: str) -> list[Column]:
+    """Choose columns by type and name: image, label, text, lists of numbers, and single numbers as ``features``."""
+    kinds = {name: kind_of(feature) for name, feature in features.items()}
+    label = next((name for name, kind in kinds.items() if kind == "classes"), None)
+    label = label or next((name for name in LABELS if kinds.get(name) in ("number", "text")), None)
+    found, singles = [], []
+    for name, kind in kinds.items():
+        if name == label:
+            found.append(Column("label", (name,), "label"))
+        elif kind == "number":
+            singles.append(name)
+        elif kind in ("numbers", "text"):
+            found.append(Column(name, (name,), "numbers" if kind == "numbers" else "text"))
+        elif kind == "image":
+            found.append(Column("image" if "image" not in (c.name for c in found) else name, (name,), "image"))
+    if singles:
+        found.append(Column("features", tuple(singles), "stacked"))
+    if not any(column.kind != "label" for column in found):
+        raise InputError(
+            f"{where} has no column to learn from; it has {', '.join(f'{n!r} ({f})' for n, f in features.items())}"
+        )
+    return sorted(found)
+
+
+def named(features: Mapping[str, Any], columns: Mapping[str, str | Sequence[str]], where: str) -> list[Column]:
+    """Return the columns that the caller names; several sources are stacked side by side."""
+    found = []
+    for name, source in columns.items():
+        sources = (source,) if isinstance(source, str) else tuple(source)
+        for one in sources:
+            if one not in features:
+                near = difflib.get_close_matches(one, features, n=1)
+                error = no_such_column(where, one, features)
+                raise InputError(f"{error}; did you mean '{near[0]}'?") if near else error
+            kind = kind_of(features[one])
+            if kind == "other" or (not isinstance(source, str) and kind != "number"):
+                raise InputError(f"{where}: column '{one}' holds {features[one]}; {name} needs numbers")
+        if name == "label" and kind in ("number", "classes", "text"):
+            found.append(Column(name, sources, "label"))
+        elif not isinstance(source, str):
+            found.append(Column(name, sources, "stacked"))
+        else:
+            found.append(Column(name, sources, kind if kind in ("image", "text") else "numbers"))  # type: ignore[arg-type]
+    return found
+
+
+def classes(table: Any, label: str, where: str) -> tuple[list[Any] | None, list[str]]:
+    """Return the values of the label column in order, None where it counts classes already, and the classes' names."""
+    import pyarrow.compute as pc
+
+    feature = table.features[label]
+    if type(feature).__name__ == "ClassLabel":
+        names = list(feature.names)
+        if len(names) < 2:
+            raise InputError(
+                f"{where} has one class, {names[0] if names else 'none'!r}; there is nothing to tell apart"
+            )
+        return None, names
+    column = table.with_format("arrow").select_columns([label])[:][label]
+    values = pc.unique(column).drop_null().to_pylist()
+    fractions = (
+        [value for value in values if isinstance(value, float) and value != int(value)]
+        if all(isinstance(value, float) and np.isfinite(value) for value in values)
+        else []
+    )
+    if fractions:
+        row = pc.index(column, fractions[0]).as_py()
+        raise InputError(
+            f"{where}: column '{label}' is {fractions[0]} in row {row} (counted from 0), but labels are whole numbers or "
+            f"names; for a number to predict, name it otherwise: columns={{'target': '{label}', ...}}"
+        )
+    if not 2 <= len(values) <= MOST_CLASSES:
+        raise InputError(
+            f"{where}: column '{label}' has {len(values)} different values; 2 to {MOST_CLASSES} classes are expected"
+        )
+    values = sorted(values)
+    return values, [str(int(value)) if isinstance(value, float) else str(value) for value in values]
