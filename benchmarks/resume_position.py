@@ -28,8 +28,9 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
 from benchmarks.children import GIB, PeakMemory, in_child
 from benchmarks.pairs import conditions
-from scaletrain.loader import Loader, Request
+from scaletrain.loader import Loader
 from scaletrain.order import Share, Shuffled
+from scaletrain.readers import Read, Request
 
 BATCH_SIZE, SEED = 64, 0
 WHOLE = 10**6
@@ -60,8 +61,8 @@ class Indices:
     def __init__(self, n: int) -> None:
         self.n = n
 
-    def __call__(self, request: Request) -> Tensor:
-        return torch.from_numpy(request[1])
+    def __call__(self, request: Request) -> Read:
+        return Read(torch.from_numpy(request[1]))
 
 
 def scaletrain(

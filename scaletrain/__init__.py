@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from scaletrain.loop import train_step as train_step
     from scaletrain.loop import validate as validate
     from scaletrain.optimizers import parameter_groups as parameter_groups
+    from scaletrain.order import Given as Given
+    from scaletrain.order import Sequential as Sequential
+    from scaletrain.order import Weighted as Weighted
+    from scaletrain.predict import predict as predict
     from scaletrain.recipe import Data as Data
     from scaletrain.recipe import Recipe as Recipe
     from scaletrain.run import Result as Result
@@ -41,6 +45,8 @@ _HOME = {
     "loop": ("forward_backward", "steps", "train", "train_step", "validate"),
     "entry": ("main",),
     "optimizers": ("parameter_groups",),
+    "order": ("Given", "Sequential", "Weighted"),
+    "predict": ("predict",),
     "recipe": ("Data", "Recipe"),
     "run": ("Result", "Run", "StepInfo"),
     "schedules": ("constant", "cosine", "one_cycle", "step_decay", "warmup_cosine", "warmup_stable_decay"),

@@ -1,32 +1,28 @@
 """Build a run: from a recipe and a config to everything the loop touches."""
 
 import inspect
-import random
 from math import ceil
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import nn, optim
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from scaletrain.agreement import first_then_others, gather_texts, together
+from scaletrain.agreement import gather_texts, together
 from scaletrain.config import Config
 from scaletrain.devices import Devices, set_up
 from scaletrain.errors import InputError
+from scaletrain.feed import build_loaders, load_data, seed_everything
 from scaletrain.hooks import all_hooks
-from scaletrain.loader import HeldOut, Loader, chosen_workers, length, make_reader
+from scaletrain.loader import length
 from scaletrain.loop import forward_backward, train_step
 from scaletrain.metrics import Objects, Sums
 from scaletrain.opening import open_folder
 from scaletrain.optimizers import parameter_names
-from scaletrain.order import Share, Shuffled, micro_batch_count
 from scaletrain.recipe import Data, Recipe, fingerprint
 from scaletrain.run import Run, Step
 from scaletrain.run.resume import identity
 from scaletrain.signals import Signals
-from scaletrain.sources.table import as_table
 
 
 def start(
@@ -51,7 +47,7 @@ def start(
     module, model = build_model(recipe, cfg, data, devices)
     optimizer = build_optimizer(recipe, cfg, module)
     loader, held_out = build_loaders(recipe, cfg, data, module, devices)
-    examples = loader.reader.n
+    examples = loader.examples
     run = Run(
         recipe=recipe,
         cfg=cfg,
@@ -65,7 +61,7 @@ def start(
         examples=examples,
         total_steps=cfg.max_steps or ceil(cfg.epochs * examples / cfg.batch_size - 1e-9),
         step=step or train_step,
-        identity=identity(cfg, fingerprint(data), loader.share.order),
+        identity=identity(cfg, fingerprint(data), loader.order_hash()),
         signals=signals or Signals(),
     )
     objects = recipe.metrics(cfg, data) if recipe.metrics else {}
@@ -87,38 +83,6 @@ def check_batch_size(cfg: Config, devices: Devices) -> None:
             f"batch_size {cfg.batch_size} is smaller than the {devices.world_size} processes; "
             f"use at least {devices.world_size}"
         )
-
-
-def load_data(recipe: Recipe, cfg: Config, devices: Devices) -> Data:
-    """Call the recipe's ``data``, on rank 0 first, and check that all ranks got the same.
-
-    Torch's, NumPy's and Python's global generators are seeded by ``split_seed`` before, so that a random split
-    is the same everywhere. Every rank must reach this line.
-    """
-
-    def load() -> Data:
-        seed_everything(cfg.split_seed)
-        data = recipe.data(cfg)
-        if not isinstance(data, Data):
-            raise InputError(f"data returned a {type(data).__name__}; return Data(train=..., val=...)")
-        for split in ("train", "val", "test") if recipe.collate is None else ():
-            setattr(data, split, as_table(getattr(data, split), split))
-        return data
-
-    data = first_then_others(load, devices.control)
-    for rank, other in enumerate(gather_texts(fingerprint(data), devices.control)):
-        if other != fingerprint(data):
-            raise InputError(
-                f"rank {rank} and rank {devices.rank} got different examples; data(cfg) must return the same on all"
-            )
-    return data
-
-
-def seed_everything(seed: int) -> None:
-    """Seed torch's, NumPy's and Python's global generators."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
 
 
 def build_optimizer(recipe: Recipe, cfg: Config, module: nn.Module) -> optim.Optimizer:
@@ -151,37 +115,6 @@ def build_model(recipe: Recipe, cfg: Config, data: Data, devices: Devices) -> tu
     model = accelerator.prepare_model(module)
     module = accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # the loop has its own autocast
     return module, model
-
-
-def build_loaders(
-    recipe: Recipe, cfg: Config, data: Data, module: nn.Module, devices: Devices
-) -> tuple[Loader, dict[str, HeldOut]]:
-    """Return this process's part of the training data and of the held-out splits."""
-    double = next(module.parameters()).dtype == torch.float64
-    readers = {
-        name: make_reader(examples, recipe.collate, cfg.seed, double=double)
-        for name, examples in (("train", data.train), ("val", data.val), ("test", data.test))
-        if examples is not None
-    }
-    order = data.order or Shuffled(readers["train"].n, cfg.seed)
-    share = Share(order, cfg.batch_size, devices.rank, devices.world_size)
-    count = micro_batch_count(cfg.batch_size, devices.world_size, cfg.micro_batch_size)
-    workers = chosen_workers(readers["train"], cfg.workers, devices.local_world_size)
-    loader = Loader(readers["train"], share, count, workers=workers, device=devices.device)
-    smallest = cfg.batch_size // devices.world_size // count
-    if smallest <= 1 and any(isinstance(part, _BatchNorm) for part in module.modules()):
-        raise InputError(
-            f"BatchNorm needs more than 1 example in a micro-batch, but batch_size {cfg.batch_size} over "
-            f"{devices.world_size} processes in {count} micro-batches leaves {smallest or 1}; "
-            "raise micro_batch_size or batch_size, or use GroupNorm"
-        )
-    largest = -(-cfg.batch_size // devices.world_size // count) or 1
-    held_out = {
-        name: HeldOut(reader, largest, devices.rank, devices.world_size, workers=workers, device=devices.device)
-        for name, reader in readers.items()
-        if name != "train"
-    }
-    return loader, held_out
 
 
 def check_monitor(run: Run) -> str:

@@ -1,14 +1,11 @@
-"""Look at, check and convert the checkpoints of a run.
-
-Nothing here needs a recipe, a GPU or other processes.
-"""
+"""Look at, check and convert the checkpoints of a run; predict with its weights."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
@@ -158,6 +155,38 @@ ACTIONS = Annotated[
 
 
 @dataclass(frozen=True)
+class Predict:
+    """Write what a recipe's predict says of each example, in the order of the data set.
+
+    On several processes: torchrun --nproc-per-node 2 --no-python scaletrain predict ...
+    """
+
+    recipe: tyro.conf.Positional[str]
+    """File of the recipe, as recipes/cnn.py."""
+    weights: Path
+    """Folder of a run, a checkpoint, or a model.safetensors."""
+    to: Path
+    """File to write: .parquet or .npz."""
+    data: str | None = None
+    """What to read instead of the data of the run; nothing of it is held out."""
+    split: Literal["train", "val", "test"] | None = None
+    """Which split. Default: train with --data, else the first there is of test, val, train."""
+
+    @property
+    def action(self) -> Callable[[], int]:
+        """Predict, and say how many rows were written."""
+        return self._predict
+
+    def _predict(self) -> int:
+        from scaletrain.predict import predict, recipe_at
+
+        predict(recipe_at(self.recipe), self.weights, data=self.data, split=self.split, to=self.to)
+        if int(os.environ.get("RANK", "0")) == 0:
+            _say(f"predictions: {self.to}")
+        return DONE
+
+
+@dataclass(frozen=True)
 class Ckpt:
     """Checkpoints: list, verify, show, export, diff."""
 
@@ -165,10 +194,10 @@ class Ckpt:
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run ``scaletrain ckpt ...``; the exit code says how it went."""
+    """Run ``scaletrain ckpt ...`` or ``scaletrain predict ...``; the exit code says how it went."""
     args = list(sys.argv[1:] if argv is None else argv)
     command: Any = tyro.extras.subcommand_cli_from_dict(
-        {"ckpt": Ckpt}, prog="scaletrain", args=args or ["--help"], description=__doc__
+        {"ckpt": Ckpt, "predict": Predict}, prog="scaletrain", args=args or ["--help"], description=__doc__
     )
     try:
         code = command.action()
@@ -216,5 +245,6 @@ def _say(text: str) -> None:
 
 
 def _fail(code: int, reason: str) -> NoReturn:
-    print(f"error: {reason}", file=sys.stderr)
+    if int(os.environ.get("RANK", "0")) == 0:
+        print(f"error: {reason}", file=sys.stderr)
     sys.exit(code)

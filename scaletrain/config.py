@@ -42,8 +42,8 @@ class Config:
     """Share of all steps over which a warmup schedule raises the rate from near 0."""
     seed: int = 0
     """Of the weights, the order of the examples, dropout and augmentation."""
-    split_seed: int = 0
-    """Of the split into training and validation examples."""
+    split_seed: int | None = 0
+    """Of the split into training and validation examples. None holds nothing out."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of the forward pass. auto: bf16 or fp16 on CUDA GPUs, fp32 elsewhere."""
     compile: bool = False
@@ -52,6 +52,8 @@ class Config:
     """CPU threads per process. Default: the cores shared among the processes of this machine."""
     workers: int | None = None
     """Processes that read examples, per training process. Default: chosen; 0 for data in memory."""
+    skip_bad: int = 0
+    """Training examples that others replace because they cannot be read, per process. 0: the first ends the run."""
     out: str | None = None
     """Folder of the run. Default: SCALETRAIN_OUT, else runs/NAME/TIME."""
     resume: str = "auto"
@@ -96,7 +98,7 @@ class Config:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise InputError(f"--{_dashed(name)} is {value}; it must be at least 1")
-        for name in ("weight_decay", "workers", "seed", "split_seed"):
+        for name in ("weight_decay", "workers", "skip_bad", "seed", "split_seed"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 2**63:
                 raise InputError(f"--{_dashed(name)} is {value}; it must be at least 0 and below 2**63")

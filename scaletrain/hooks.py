@@ -53,19 +53,46 @@ def save_when_due(run: Run, info: StepInfo) -> None:
         run.save()
 
 
+MOST_WAITING = 0.1
+"""Share of the time that training may wait for data before a run says so."""
+JUDGED_SECONDS = 5
+"""How long it looks before it does."""
+
+
 class Throughput:
-    """Measure examples per second between log lines, validation left out."""
+    """Measure between log lines, validation left out: examples per second, and the share of waiting for data.
+
+    On an accelerator a process may wait for data while the device still computes: what is measured is the process.
+    """
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
-        self._last = (self._started, 0.0, 0)
+        self._last = (self._started, 0.0, 0, 0.0)
+        self._seconds = self._waited = 0.0
+        self._told = False
 
     def __call__(self, run: Run, info: StepInfo) -> None:
         """Write a line of timing.jsonl; the device has just been waited for by the log line."""
         if not run.log_due(info):
             return
-        now = (time.perf_counter(), run.paused_seconds, info.samples_seen)
-        seconds = now[0] - self._last[0] - (now[1] - self._last[1])
+        now = (time.perf_counter(), run.paused_seconds, info.samples_seen, run.loader.waited_seconds)
+        seconds = max(now[0] - self._last[0] - (now[1] - self._last[1]), 1e-9)
+        waited = now[3] - self._last[3]
         if info.step > 1:  # the first step pays for warming up
-            run.tracking.timing(info.step, now[0] - self._started, (now[2] - self._last[2]) / max(seconds, 1e-9))
+            run.tracking.timing(info.step, now[0] - self._started, (now[2] - self._last[2]) / seconds, waited / seconds)
+            self._seconds, self._waited = self._seconds + seconds, self._waited + waited
+            self._judge(run)
         self._last = now
+
+    def _judge(self, run: Run) -> None:
+        """Say once that training waits for data, and what to change."""
+        share = self._waited / self._seconds
+        if self._told or self._seconds < JUDGED_SECONDS or share <= MOST_WAITING or run.loader.in_memory:
+            return
+        self._told = True
+        workers = run.loader.workers
+        more = f"--workers {2 * workers or 2} reads ahead in more processes (now {workers})"
+        run.tracking.warn(
+            f"training waits for data {share:.0%} of the time; {more}, and data that is read many rows at a time "
+            "(__getitems__, columns) is read faster; see docs/data.md"
+        )

@@ -90,7 +90,11 @@ def _pack_lists(metric: Any) -> None:
         state = getattr(metric, name)
         if isinstance(state, list):
             setattr(
-                metric, name, [torch.cat([torch.atleast_1d(part) for part in state])] if state else [torch.zeros(0)]
+                metric,
+                name,
+                [torch.cat([part.reshape(1) if part.ndim == 0 else part for part in state])]
+                if state
+                else [torch.zeros(0)],
             )
 
 

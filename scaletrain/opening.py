@@ -31,7 +31,7 @@ from scaletrain.folder import (
     short,
     write_json,
 )
-from scaletrain.loader import ColumnReader
+from scaletrain.readers import ColumnReader
 from scaletrain.run import Run
 from scaletrain.run.restore import asked_to_stop, restore, state_of
 from scaletrain.run.resume import changes, check_same, find, other_rounding
@@ -161,7 +161,7 @@ def doubts(run: Run) -> list[str]:
     found = []
     if cfg.batch_size > run.examples:
         found.append(f"batch_size {cfg.batch_size} exceeds the {run.examples} training examples: steps repeat some")
-    if cfg.workers and isinstance(run.loader.reader, ColumnReader):
+    if cfg.workers and isinstance(getattr(run.loader, "reader", None), ColumnReader):
         found.append(f"workers {cfg.workers} has no effect: columns in memory are read in the training process")
     if "val" not in run.held_out and cfg.validate_every is not None:
         found.append(f"validate_every {cfg.validate_every} has no effect: the recipe's data has no val")

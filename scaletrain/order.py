@@ -26,6 +26,11 @@ MASK = (1 << 64) - 1
 class Order(Protocol):
     """Map positions of the endless stream, int64 of any shape, to example indices of the same shape."""
 
+    @property
+    def n(self) -> int:
+        """Examples in an epoch."""
+        ...
+
     def __call__(self, positions: Indices, /) -> Indices: ...
 
 
@@ -65,6 +70,11 @@ class Given:
 
     indices: Indices
 
+    @property
+    def n(self) -> int:
+        """Examples in an epoch."""
+        return len(self.indices)
+
     def __call__(self, positions: Indices, /) -> Indices:
         chosen: Indices = self.indices[positions % len(self.indices)]
         return chosen
@@ -84,6 +94,17 @@ class Weighted:
             raise InputError("weights must be one row of finite numbers >= 0 with a sum above 0")
         upper = np.cumsum(weights)
         object.__setattr__(self, "_upper", upper / upper[-1])
+
+    @classmethod
+    def balanced(cls, labels: Indices, seed: int = 0) -> "Weighted":
+        """Draw every class equally often, whatever its share of ``labels``, (N,) integers."""
+        _, places, counts = np.unique(np.asarray(labels), return_inverse=True, return_counts=True)
+        return cls(1.0 / counts[places], seed)
+
+    @property
+    def n(self) -> int:
+        """Examples in an epoch: as many as there are, though not each once."""
+        return len(self._upper)
 
     def __call__(self, positions: Indices, /) -> Indices:
         words = _mix(_words(positions) + np.uint64(seed_for(self.seed, 1)))

@@ -64,6 +64,8 @@ class Data:
     """Names of the classes that the integers of the column ``label`` stand for."""
     order: Order | None = None
     """Which example each position reads; default: shuffled anew in each epoch by the config's seed."""
+    shuffle_buffer: int = 1000
+    """Examples of a stream (an IterableDataset) that are shuffled together; 1 keeps its order."""
 
     def __post_init__(self) -> None:
         for split in ("train", "val", "test"):
@@ -71,12 +73,17 @@ class Data:
             if isinstance(examples, Mapping):
                 setattr(self, split, _columns(examples, split, self.classes))
             elif examples is not None and (
-                isinstance(examples, tuple) or not (hasattr(examples, "__len__") and hasattr(examples, "__getitem__"))
+                isinstance(examples, tuple | str)
+                or (
+                    not (hasattr(examples, "__len__") and hasattr(examples, "__getitem__"))
+                    and not (split == "train" and hasattr(examples, "__iter__") and not hasattr(examples, "__len__"))
+                )
             ):
                 raise InputError(
                     f"{split} is a {type(examples).__name__}; give a dict of columns or a map-style dataset"
+                    + (", or for training an IterableDataset" if split == "train" else "")
                 )
-            elif examples is not None and len(examples) == 0:
+            elif examples is not None and hasattr(examples, "__len__") and len(examples) == 0:
                 raise InputError(f"{split} is empty; it needs at least one example")
         if self.train is None:
             raise InputError("train is None; a recipe learns from something")
@@ -103,6 +110,9 @@ class Recipe:
     """``evaluate(model, batch, cfg)``: named figures, each per example (B,), or a 0-d mean over
     ``weight(batch)``, or (sum, count); ``outputs`` goes to ``metrics``. Without it ``val_loss`` comes from
     ``loss``."""
+    predict: Callable[[nn.Module, Batch, Any], dict[str, Tensor]] | None = None
+    """``predict(model, batch, cfg)``: columns (B, ...) for ``scaletrain predict``, which never asks for labels.
+    Default: what ``evaluate`` returns for each example."""
     metrics: Callable[[Any, Data], Mapping[str, Any]] | None = None
     """``metrics(cfg, data)``: torchmetrics objects by name, for figures that are not means (AUROC, F1, a confusion
     matrix), fed with what ``evaluate`` returns as ``outputs``: the arguments of their ``update``."""
@@ -146,8 +156,8 @@ def _digest(examples: Any, digest: "hashlib._Hash") -> None:
             sample = column[torch.linspace(0, len(column) - 1, 64).long()].contiguous()
             digest.update(sample.view(torch.uint8).numpy().tobytes())
     else:
-        known = getattr(examples, "fingerprint", None)
-        digest.update(f" {None if examples is None else len(examples)} {known() if callable(known) else ''}".encode())
+        known, length = getattr(examples, "fingerprint", None), len(examples) if hasattr(examples, "__len__") else None
+        digest.update(f" {length} {known() if callable(known) else ''}".encode())
 
 
 def unmet(expect: Mapping[str, str] | None, metrics: Mapping[str, float]) -> list[str]:

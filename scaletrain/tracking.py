@@ -103,12 +103,13 @@ class Tracking:
         else:
             self.say(_result_line(f"epoch {int(epoch):02d}" if self.by_epoch else f"step {step}", values))
 
-    def timing(self, step: int, seconds: float, examples_per_second: float) -> None:
+    def timing(self, step: int, seconds: float, examples_per_second: float, waiting: float) -> None:
         """Record the speed since the line before; wall-clock values go to timing.jsonl alone."""
         self._progress.examples_per_second = examples_per_second
         if self._timing is not None:
             speed = round(examples_per_second, 1)
-            self._timing.add({"step": step, "seconds": round(seconds, 3), "examples_per_second": speed})
+            line = {"step": step, "seconds": round(seconds, 3), "examples_per_second": speed}
+            self._timing.add({**line, "waiting_for_data": round(waiting, 4)})
 
     def close(self) -> None:
         """Finish the bar, the tracker and the files."""

@@ -172,7 +172,6 @@ CASES = {
         [],
         "evaluate returned shape (16, 3) for 'loss' on a batch of 16; return one value per example (16,)",
     ),
-    "collate for columns": (replace(tiny.recipe, collate=lambda rows: rows), [], "collate is for data that is read"),
 }
 
 

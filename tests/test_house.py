@@ -13,18 +13,24 @@ import scaletrain
 LAYERS = (  # each may import those before it
     ("errors",),
     ("order", "schedules", "config", "state", "signals"),
-    ("agreement", "optimizers", "metrics", "loss"),
+    ("agreement", "optimizers", "loss"),
+    ("metrics",),
     ("devices",),
     ("checkpoint",),
     ("folder",),
     ("tracking",),
     ("recipe",),
-    ("sources", "loader"),
+    ("sources", "readers"),
+    ("workers",),
+    ("loader",),
+    ("streams",),
+    ("feed",),
     ("run",),
     ("loop",),
     ("hooks",),
     ("opening",),
     ("build",),
+    ("predict",),
     ("entry",),
     ("cli",),
     ("__init__",),
@@ -101,9 +107,10 @@ def test_nothing_that_runs_code_from_a_file_is_imported_or_called():
 
 def test_the_public_names_are_these():
     assert scaletrain.__all__ == [
-        "CheckpointError", "Config", "Data", "InputError", "Recipe", "Result", "Run", "StepInfo", "constant", "cosine",
-        "forward_backward", "load", "load_weights", "main", "one_cycle", "parameter_groups", "parse", "start",
-        "step_decay", "steps", "train", "train_step", "validate", "warmup_cosine", "warmup_stable_decay",
+        "CheckpointError", "Config", "Data", "Given", "InputError", "Recipe", "Result", "Run", "Sequential", "StepInfo",
+        "Weighted", "constant", "cosine", "forward_backward", "load", "load_weights", "main", "one_cycle",
+        "parameter_groups", "parse", "predict", "start", "step_decay", "steps", "train", "train_step", "validate",
+        "warmup_cosine", "warmup_stable_decay",
     ]  # fmt: skip
     for name in scaletrain.__all__:
         assert getattr(scaletrain, name).__doc__, f"{name} has no docstring"

@@ -9,17 +9,11 @@ import tiny
 import torch
 
 from scaletrain import Data, start, steps, validate
-from scaletrain.loader import (
-    ColumnReader,
-    ExampleReader,
-    HeldOut,
-    Loader,
-    chosen_workers,
-    length,
-    make_reader,
-    to_device,
-)
+from scaletrain.errors import InputError
+from scaletrain.loader import HeldOut, Loader, length, to_device
 from scaletrain.order import Share, Shuffled, micro_batch_count
+from scaletrain.readers import ColumnReader, ExampleReader, make_reader
+from scaletrain.workers import chosen_workers
 
 CPU = torch.device("cpu")
 
@@ -102,7 +96,7 @@ def test_columns_give_the_rows_of_the_order_whatever_is_gathered_at_once(row_byt
 @pytest.mark.parametrize("dataset", [False, True], ids=["columns", "dataset"])
 def test_every_process_has_the_same_number_of_micro_batches_and_none_is_empty(dataset):
     columns = {"row": torch.arange(37), "x": torch.randn(37, 3)}
-    reader = ExampleReader(Jittered(37), None, 0) if dataset else ColumnReader(columns)
+    reader = ExampleReader(Jittered(37)) if dataset else ColumnReader(columns)
     for rank in range(5):
         (micro_batches,) = first_steps(loader(reader, rank=rank, world_size=5, micro_batch_size=1), 1)
         assert [counted for _, counted in micro_batches] == ([1, 1, 1] if rank in (2, 4) else [0, 1, 1])
@@ -134,8 +128,8 @@ def test_numpy_columns_are_taken_without_a_copy():
 
 def test_columns_need_no_workers_and_datasets_get_some():
     assert chosen_workers(ColumnReader({"x": torch.zeros(3)}), 4, 1) == 0
-    assert chosen_workers(ExampleReader(Jittered(), None, 0), 3, 1) == 3
-    assert 0 <= chosen_workers(ExampleReader(Jittered(), None, 0), None, 1) <= 4
+    assert chosen_workers(ExampleReader(Jittered()), 3, 1) == 3
+    assert 0 <= chosen_workers(ExampleReader(Jittered()), None, 1) <= 4
 
 
 @pytest.mark.parametrize("kind", ["dict", "tuple", "tensor"])
@@ -177,8 +171,11 @@ def test_an_exception_in_a_worker_reaches_the_user():
         def __getitem__(self, index):
             raise KeyError(f"no file for {index}")
 
-    with pytest.raises(KeyError, match="no file for"):
-        first_steps(loader(ExampleReader(Broken(), None, 0), workers=1), 1)
+    for workers in (0, 1):
+        with pytest.raises(
+            InputError, match=r"example \d+ cannot be read: KeyError: 'no file for \d+' \(test_loader.py, line"
+        ):
+            first_steps(loader(ExampleReader(Broken()), workers=workers), 1)
 
 
 def test_batches_of_every_kind_move_to_a_device():

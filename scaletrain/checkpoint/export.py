@@ -1,19 +1,22 @@
 """From a checkpoint to one file of weights with plain names, and from such a file into a network."""
 
 import contextlib
+import json
 import os
 import secrets
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from scaletrain.checkpoint.files import Files, put_in_place
-from scaletrain.checkpoint.format import make_header, read_header
+from scaletrain.checkpoint.format import make_header, read_header, read_metadata
 from scaletrain.checkpoint.load import check_bools, load, load_new
 from scaletrain.checkpoint.reading import folder_descriptor, regular_file
+from scaletrain.checkpoint.strict import parse_json
 from scaletrain.checkpoint.tensors import bytes_of, write_file
 from scaletrain.checkpoint.verify import Checkpoint, open_whole
 from scaletrain.errors import CheckpointError
@@ -65,13 +68,32 @@ def export(checkpoint: Checkpoint, path: Path, dtype: torch.dtype | None = None)
     tensors = load_new(checkpoint, "model")
     if dtype is not None:
         tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
-    save_tensors(path, tensors)
+    save_tensors(path, tensors, _classes(checkpoint.state.get("classes")))
 
 
-def save_tensors(path: Path, tensors: Mapping[str, Tensor], files: Files | None = None) -> None:
-    """Write a safetensors file that is whole or not there. Raises OSError."""
+def saved_classes(path: str | Path) -> list[str] | None:
+    """Return the names of the classes that the weights at ``path`` were trained on, as for ``load_weights``."""
+    path = Path(os.path.realpath(path))
+    if path.is_dir() and not (path / WEIGHTS).exists():
+        return _classes(open_whole(path)[0].state.get("classes"))
+    path = path / WEIGHTS if path.is_dir() else path
+    with folder_descriptor(path.parent) as folder, regular_file(folder, path.name, str(path)) as (file, size):
+        metadata = read_metadata(file, size, str(path))
+    return _classes(parse_json(metadata["classes"].encode(), str(path))) if "classes" in metadata else None
+
+
+def _classes(found: Any) -> list[str] | None:
+    """Return ``found`` if it is a list of texts."""
+    return found if isinstance(found, list) and found and all(isinstance(name, str) for name in found) else None
+
+
+def save_tensors(
+    path: Path, tensors: Mapping[str, Tensor], classes: Sequence[str] | None = None, files: Files | None = None
+) -> None:
+    """Write a safetensors file that is whole or not there, with the names of the classes. Raises OSError."""
     files = files or Files()
-    header = make_header({name: (t.dtype, tuple(t.shape), None) for name, t in tensors.items()})
+    known = {"classes": json.dumps(classes)} if classes else None
+    header = make_header({name: (t.dtype, tuple(t.shape), None) for name, t in tensors.items()}, known)
     draft = path.with_name(f".{path.name}.{secrets.token_hex(4)}.draft")
     try:
         write_file(files, draft, [memoryview(header), *(bytes_of(tensor) for tensor in tensors.values())])

@@ -128,16 +128,7 @@ def read_header(descriptor: int, size: int, what: str) -> dict[str, Piece]:
         if not condition:
             raise CheckpointError("header", f"{what}: header: {why}")
 
-    need(size >= 8, "shorter than 8 bytes")
-    length = int.from_bytes(read_exactly(descriptor, 8, what), "little")
-    need(2 <= length <= min(size - 8, JSON_BYTES), f"a header of {length:,} bytes in a file of {size:,}")
-    data = read_exactly(descriptor, length, what)
-    need(data[:1] == b"{", "does not begin with {")
-    content = parse_json(data, what)
-    metadata = content.pop("__metadata__", {})
-    need(
-        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values()), "metadata is no text"
-    )
+    content, metadata, length = _header(descriptor, size, what)
     offsets = parse_json(metadata[SHARDING].encode(), what) if SHARDING in metadata else None
     need(offsets is None or (isinstance(offsets, dict) and offsets.keys() == content.keys()), "offsets and tensors")
     pieces, expected = {}, 8 + length
@@ -164,14 +155,41 @@ def read_header(descriptor: int, size: int, what: str) -> dict[str, Piece]:
     return pieces
 
 
-def make_header(pieces: Mapping[str, tuple[torch.dtype, tuple[int, ...], tuple[int, ...] | None]]) -> bytes:
+def read_metadata(descriptor: int, size: int, what: str) -> dict[str, str]:
+    """Return the texts in the header of a safetensors file of ``size`` bytes."""
+    return _header(descriptor, size, what)[1]
+
+
+def _header(descriptor: int, size: int, what: str) -> tuple[dict[str, Any], dict[str, str], int]:
+    """Read the JSON of a header; return its entries by name, its metadata, and its length."""
+
+    def need(condition: bool, why: str) -> None:
+        if not condition:
+            raise CheckpointError("header", f"{what}: header: {why}")
+
+    need(size >= 8, "shorter than 8 bytes")
+    length = int.from_bytes(read_exactly(descriptor, 8, what), "little")
+    need(2 <= length <= min(size - 8, JSON_BYTES), f"a header of {length:,} bytes in a file of {size:,}")
+    data = read_exactly(descriptor, length, what)
+    need(data[:1] == b"{", "does not begin with {")
+    content = parse_json(data, what)
+    metadata = content.pop("__metadata__", {})
+    texts = isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    need(texts, "metadata is no text")
+    return content, metadata, length
+
+
+def make_header(
+    pieces: Mapping[str, tuple[torch.dtype, tuple[int, ...], tuple[int, ...] | None]],
+    metadata: Mapping[str, str] | None = None,
+) -> bytes:
     """Return the header for pieces (dtype, shape, offsets) that follow one another in this order.
 
-    Offsets are None where each piece is a whole tensor of a file that stands alone.
+    Offsets are None where each piece is a whole tensor of a file that stands alone; ``metadata`` are further texts.
     """
     offsets = {name: {OFFSETS: list(at)} for name, (_, _, at) in pieces.items() if at is not None}
     sharding = {SHARDING: json.dumps(offsets)} if offsets else {}
-    content: dict[str, Any] = {"__metadata__": {"format": "pt", **sharding}}
+    content: dict[str, Any] = {"__metadata__": {"format": "pt", **sharding, **(metadata or {})}}
     end = 0
     for name, (dtype, shape, _) in pieces.items():
         start, end = end, end + prod(shape) * dtype.itemsize

@@ -10,10 +10,12 @@ from torch import Tensor
 
 from scaletrain.agreement import gather_texts, together
 from scaletrain.checkpoint.export import named_tensors
+from scaletrain.checkpoint.strict import dump
 from scaletrain.errors import CheckpointError
 from scaletrain.folder import describe_environment, strict
 from scaletrain.optimizers import saved_state
 from scaletrain.run.info import StepInfo
+from scaletrain.streams import StreamLoader
 
 if TYPE_CHECKING:
     from scaletrain.run.run import Run
@@ -31,6 +33,10 @@ def captured(run: Run, unfinished: StepInfo | None = None) -> tuple[dict[str, di
     """
     granted = run.requests.wishes.drain().stop
     own: dict[str, Any] = {"loss": number(run.losses), "asked": run.requests.stop}
+    if run.loader.bad:
+        own["bad"] = {str(example): reason for example, reason in run.loader.bad.items()}
+    if isinstance(run.loader, StreamLoader):
+        own["stream"] = run.loader.state
     if unfinished is not None:
         norm = unfinished.grad_norm
         own["step"] = [number(unfinished.loss), None if norm is None else number(norm), bool(unfinished.finite)]
@@ -38,6 +44,10 @@ def captured(run: Run, unfinished: StepInfo | None = None) -> tuple[dict[str, di
     hooks: dict[str, Tensor] = {}
 
     def states() -> tuple[dict[str, Tensor], dict[str, Any], dict[str, Any]]:
+        try:
+            dump(own)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError("state", f"the state of the stream of examples is not JSON: {error}") from error
         own_hooks = {n: taken_apart(hook.state_dict(), n, hooks) for n, hook in stateful_hooks(run).items()}
         return *saved_state(run.module, run.optimizer, run.built), own_hooks
 
@@ -62,6 +72,7 @@ def captured(run: Run, unfinished: StepInfo | None = None) -> tuple[dict[str, di
         "scaler": None if run.gradients.scaler is None else run.gradients.scaler.state_dict(),
         "hooks": of_hooks,
         "identity": run.identity,
+        "classes": None if run.data.classes is None else list(map(str, run.data.classes)),
         "config": strict(asdict(run.cfg)),
         "total_steps": run.total_steps,
         "environment": describe_environment(run.devices),

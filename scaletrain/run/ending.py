@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING
 
 from scaletrain.agreement import gather_texts
@@ -38,19 +39,27 @@ def take_best(run: Run) -> None:
     run.metrics.update(state.best_metrics)
 
 
-def write_outcome(run: Run) -> None:
+def replaced(run: Run) -> dict[str, str]:
+    """Return which examples could not be read, and why, on any process. Every rank must reach this line."""
+    said = gather_texts(json.dumps(run.loader.bad), run.devices.control)
+    return {example: reason for text in said for example, reason in sorted(json.loads(text).items())}
+
+
+def write_outcome(run: Run, bad: dict[str, str]) -> None:
     """Export the weights and write result.json, then exit.json; rank 0 does. Raises CheckpointError for a full disk."""
     try:
-        _write_outcome(run)
+        _write_outcome(run, bad)
     except OSError as error:
         where = error.filename or run.folder
         again = "the checkpoints are untouched; when it is mended, start again to export them"
         raise CheckpointError("disk", f"{where}: disk: {error.strerror or error}; {again}") from None
 
 
-def _write_outcome(run: Run) -> None:
+def _write_outcome(run: Run, bad: dict[str, str]) -> None:
     export(open_checkpoint(run.folder / FOLDER / step_folder(run.result_step)), run.folder / WEIGHTS)
     outcome = {"metrics": run.metrics, **run.state.to_dict(), "expect_missed": unmet(run.recipe.expect, run.metrics)}
+    if bad:
+        outcome["examples_replaced"] = bad
     write_json(run.folder / "result.json", outcome)
     record_exit(run.folder, DONE, run.state.stop_reason or "done")
 

@@ -23,12 +23,13 @@ from scaletrain.optimizers import base_values, hyperparameters, set_factors
 from scaletrain.order import MASK, STRIDE, seed_for
 from scaletrain.recipe import Batch, Data, Hook, Metric, Recipe
 from scaletrain.run.capture import captured
-from scaletrain.run.ending import say_outcome, take_best, write_outcome
+from scaletrain.run.ending import replaced, say_outcome, take_best, write_outcome
 from scaletrain.run.gradients import Gradients
 from scaletrain.run.info import Result, StepInfo
 from scaletrain.run.requests import Requests
 from scaletrain.signals import Signals
 from scaletrain.state import State
+from scaletrain.streams import StreamLoader
 from scaletrain.tracking import Tracking
 
 
@@ -48,7 +49,7 @@ class Run:
     model: nn.Module
     """The model to train: wrapped where several processes share the work."""
     optimizer: optim.Optimizer
-    loader: Loader
+    loader: Loader | StreamLoader
     held_out: dict[str, HeldOut]
     """The splits ``val`` and ``test``, where the data has them."""
     examples: int
@@ -294,7 +295,8 @@ class Run:
     def finish(self) -> Result:
         """Export the best weights, write result.json, and say how the run ended. Every rank must reach this line."""
         self.take_best()
-        together(lambda: write_outcome(self) if self.devices.is_first else None, self.devices.control)
+        bad = replaced(self)
+        together(lambda: write_outcome(self, bad) if self.devices.is_first else None, self.devices.control)
         return say_outcome(self)
 
 

@@ -35,9 +35,9 @@ def load(
       cut into windows that overlap by one, held out at the end;
     * all others keep their names.
 
-    ``columns`` chooses instead, as in ``{"features": ["height", "width"], "label": "species"}``. Which examples are held
-    out depends on (``split_seed``, index) alone, the same share of each class; with ``split_seed`` None all are kept.
-    Raises InputError for what cannot be read, naming file, column and row.
+    ``columns`` chooses instead, as in ``{"features": ["height", "width"], "label": "species"}``. Which examples are
+    held out depends on (``split_seed``, index) alone, the same share of each class; with ``split_seed`` None all are
+    kept. Raises InputError for what cannot be read, naming file, column and row.
     """
     if isinstance(source, Mapping):
         return with_held_out(

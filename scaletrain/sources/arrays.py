@@ -18,7 +18,7 @@ def read(path: Path, columns: Mapping[str, str | Sequence[str]] | None) -> dict[
         if path.suffix == ".npy":
             found = {"features": open_npy(path)}
         else:
-            with np.lib.npyio.NpzFile(path, allow_pickle=False) as file:
+            with path.open("rb") as raw, np.lib.npyio.NpzFile(raw, allow_pickle=False) as file:
                 found = {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError) as error:
         raise unreadable(path, error) from None

@@ -46,12 +46,18 @@ def to_splits(
                 tables[split], wanted, values, image_size, where if split == "train" else f"{where}: {split}"
             )
     labels = None if label is None else splits["train"].label(next(c.name for c in wanted if c.kind == "label"))
-    data = with_held_out(Data(**splits, classes=names), split_seed, val_share, labels)
-    return Data(in_memory(data.train), *(None if s is None else in_memory(s) for s in (data.val, data.test)), names)
+    data = with_held_out(
+        Data(splits["train"], splits.get("val"), splits.get("test"), names), split_seed, val_share, labels
+    )
+    for split in ("train", "val", "test"):
+        setattr(data, split, in_memory(getattr(data, split)))
+    return Data(data.train, data.val, data.test, names)  # checked once more, as tensors
 
 
-def in_memory(examples: Table | Part) -> Any:
+def in_memory(examples: Table | Part | None) -> Any:
     """Return the columns as tensors where they are numbers and small; else ``examples`` as they are."""
+    if examples is None:
+        return None
     whole = examples.whole if isinstance(examples, Part) else examples
     if any(column.kind == "text" for column in whole.columns):
         return examples
@@ -137,8 +143,8 @@ def classes(table: Any, label: str, where: str) -> tuple[list[Any] | None, list[
     if fractions:
         row = pc.index(column, fractions[0]).as_py()
         raise InputError(
-            f"{where}: column '{label}' is {fractions[0]} in row {row} (counted from 0), but labels are whole numbers or "
-            f"names; for a number to predict, name it otherwise: columns={{'target': '{label}', ...}}"
+            f"{where}: column '{label}' is {fractions[0]} in row {row} (counted from 0), but labels are whole numbers "
+            f"or names; for a number to predict, name it otherwise: columns={{'target': '{label}', ...}}"
         )
     if not 2 <= len(values) <= MOST_CLASSES:
         raise InputError(

@@ -19,6 +19,7 @@ FORMATS = {
     ".arrow": ("arrow", {}),
     ".txt": ("text", {}),
 }
+SPLITS = ("train", "validation", "valid", "val", "dev", "test")
 CONNECT_SECONDS = 3
 
 Tables = dict[str, Any]
@@ -31,7 +32,9 @@ def read(path: Path) -> Tables:
         if not any(path.iterdir()):
             raise InputError(f"{path} is an empty folder")
         saved = (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists()
-        return _splits(_reading(str(path), lambda datasets: (datasets.load_from_disk if saved else _load)(str(path))))
+        tables = _splits(_reading(str(path), lambda datasets: (datasets.load_from_disk if saved else _load)(str(path))))
+        _check_classes(path, tables)
+        return tables
     if path.suffix not in FORMATS:
         raise InputError(
             f"{path}: '{path.suffix}' is not a known kind of file; known are {', '.join(FORMATS)}, .npy, .npz"
@@ -66,6 +69,14 @@ def download(name: str) -> Tables:
             f"'{name}' is neither built in ({', '.join(NAMES)}) nor a file here, and the Hub cannot be reached; "
             "check the name, or go online, or give the path of a local copy"
         ) from error
+
+
+def _check_classes(path: Path, tables: Tables) -> None:
+    """Raise InputError for images that all lie in one folder inside: datasets takes that for no label at all."""
+    inside = [entry for entry in path.iterdir() if not entry.name.startswith(".")]
+    kinds = {type(feature).__name__ for feature in tables["train"].features.values()}
+    if kinds == {"Image"} and len(inside) == 1 and inside[0].is_dir() and inside[0].name not in SPLITS:
+        raise InputError(f"{path} has one class, {inside[0].name!r}; there is nothing to tell apart")
 
 
 def _load(*args: Any, **kwargs: Any) -> Any:

@@ -41,7 +41,7 @@ class Table:
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {name: column[0] for name, column in self.__getitems__([index]).items()}
 
-    def __getitems__(self, indices: Sequence[int]) -> dict[str, Any]:
+    def __getitems__(self, indices: Sequence[int] | NDArray[np.integer]) -> dict[str, Any]:
         """Return the columns of these rows: tensors, and lists of text. Raises InputError naming a bad row."""
         rows = np.asarray(indices)
         table = self.arrow[rows]
@@ -107,8 +107,8 @@ class Table:
             if len(places) and places.min() < 0:
                 value = column[int(np.argmin(places))].as_py()
                 raise self._bad(source, rows, places < 0, f"is {value!r}, which no training example has")
-            return places.astype(np.int64)
-        places = column.to_numpy().astype(np.int64)
+            return np.array(places, dtype=np.int64)
+        places = np.array(column.to_numpy(), dtype=np.int64)
         if len(places) and places.min() < 0:
             raise self._bad(source, rows, places < 0, "has no label")
         return places

@@ -1,0 +1,126 @@
+"""From a recipe's data to what one process reads: training in steps, the held-out splits once each."""
+
+import random
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from scaletrain.agreement import first_then_others, gather_texts, together
+from scaletrain.config import Config
+from scaletrain.devices import Devices
+from scaletrain.errors import InputError
+from scaletrain.loader import HeldOut, Loader
+from scaletrain.order import Order, Sequential, Share, Shuffled, micro_batch_count, seed_for
+from scaletrain.readers import ColumnReader, Reader, make_reader
+from scaletrain.recipe import Data, Recipe, fingerprint
+from scaletrain.sources.table import as_table
+from scaletrain.streams import Stream, StreamLoader, is_stream, shared_out
+from scaletrain.workers import chosen_workers
+
+RESIDENT_BYTES = 1 << 30
+"""Columns of up to so many bytes are kept on an accelerator, where gathering a batch costs the host nothing."""
+
+
+def load_data(recipe: Recipe, cfg: Config, devices: Devices) -> Data:
+    """Call the recipe's ``data``, on rank 0 first, and check that all ranks got the same.
+
+    Torch's, NumPy's and Python's global generators are seeded by ``split_seed`` before, so that a random split
+    is the same everywhere. Every rank must reach this line.
+    """
+
+    def load() -> Data:
+        seed_everything(cfg.split_seed or 0)
+        data = recipe.data(cfg)
+        if not isinstance(data, Data):
+            raise InputError(f"data returned a {type(data).__name__}; return Data(train=..., val=...)")
+        for split in ("train", "val", "test") if recipe.collate is None else ():
+            setattr(data, split, as_table(getattr(data, split), split))
+        return data
+
+    data = first_then_others(load, devices.control)
+    for rank, other in enumerate(gather_texts(fingerprint(data), devices.control)):
+        if other != fingerprint(data):
+            raise InputError(
+                f"rank {rank} and rank {devices.rank} got different examples; data(cfg) must return the same on all"
+            )
+    return data
+
+
+def seed_everything(seed: int) -> None:
+    """Seed torch's, NumPy's and Python's global generators."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
+
+
+def build_loaders(
+    recipe: Recipe, cfg: Config, data: Data, module: nn.Module, devices: Devices
+) -> tuple[Loader | StreamLoader, dict[str, HeldOut]]:
+    """Return this process's part of the training data and of the held-out splits."""
+    check_micro_batches(cfg, module, devices)
+    double = next(module.parameters()).dtype == torch.float64
+    count = micro_batch_count(cfg.batch_size, devices.world_size, cfg.micro_batch_size)
+    largest = -(-cfg.batch_size // devices.world_size // count) or 1
+    held_out = {}
+    for name, examples in (("val", data.val), ("test", data.test)):
+        if examples is not None:
+            reader = make_reader(examples, recipe.collate, cfg.seed, double=double)
+            workers = chosen_workers(reader, cfg.workers, devices.local_world_size)
+            held_out[name] = HeldOut(
+                reader, largest, devices.rank, devices.world_size, workers=workers, device=devices.device
+            )
+    if is_stream(data.train):
+        return _from_stream(recipe, cfg, data, devices, count, double=double), held_out
+    reader = make_reader(data.train, recipe.collate, cfg.seed, double=double, skip=cfg.skip_bad > 0)
+    if (
+        isinstance(reader, ColumnReader)
+        and devices.device.type != "cpu"
+        and reader.n * reader.row_bytes <= RESIDENT_BYTES
+    ):
+        reader.columns = {name: column.to(devices.device) for name, column in reader.columns.items()}
+    share = Share(_order(data, reader, cfg), cfg.batch_size, devices.rank, devices.world_size)
+    workers = chosen_workers(reader, cfg.workers, devices.local_world_size)
+    loader = Loader(reader, share, count, workers=workers, device=devices.device, most_bad=cfg.skip_bad)
+    return loader, held_out
+
+
+def check_micro_batches(cfg: Config, module: nn.Module, devices: Devices) -> None:
+    """Raise InputError where BatchNorm would get a micro-batch of one."""
+    count = micro_batch_count(cfg.batch_size, devices.world_size, cfg.micro_batch_size)
+    smallest = cfg.batch_size // devices.world_size // count
+    if smallest <= 1 and any(isinstance(part, _BatchNorm) for part in module.modules()):
+        raise InputError(
+            f"BatchNorm needs more than 1 example in a micro-batch, but batch_size {cfg.batch_size} over "
+            f"{devices.world_size} processes in {count} micro-batches leaves {smallest or 1}; "
+            "raise micro_batch_size or batch_size, or use GroupNorm"
+        )
+
+
+def _order(data: Data, reader: Reader, cfg: Config) -> Order:
+    order = data.order or Shuffled(reader.n, cfg.seed)
+    shown = order(np.concatenate([np.arange(min(order.n, 4096)), [order.n - 1]]))
+    if len(shown) and not (shown.min() >= 0 and shown.max() < reader.n):
+        raise InputError(
+            f"the order asks for example {shown.max() if shown.max() >= reader.n else shown.min()}, but there are "
+            f"{reader.n:,}: 0 to {reader.n - 1:,}"
+        )
+    return order
+
+
+def _from_stream(
+    recipe: Recipe, cfg: Config, data: Data, devices: Devices, micro_batches: int, *, double: bool
+) -> StreamLoader:
+    if cfg.max_steps is None:
+        raise InputError("the training data is a stream, which has no length; say --max-steps")
+    if data.order is not None:
+        raise InputError("the training data is a stream, which has an order of its own; leave Data(order=...) out")
+    part = together(lambda: shared_out(data.train, devices.rank, devices.world_size, devices.control), devices.control)
+    stream = Stream(part, data.shuffle_buffer, seed_for(cfg.seed, 6, devices.rank))
+    share = Share(Sequential(1), cfg.batch_size, devices.rank, devices.world_size)
+    workers = 1 if cfg.workers is None else cfg.workers
+    return StreamLoader(
+        stream, share, micro_batches, recipe.collate,
+        steps=cfg.max_steps, workers=workers, device=devices.device, double=double,
+    )  # fmt: skip

@@ -1,0 +1,255 @@
+"""From indices to a batch: one gather per column, many rows of a table at once, or example by example."""
+
+import random
+import traceback
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from scaletrain.errors import InputError
+from scaletrain.order import Indices, Order, seed_for
+from scaletrain.recipe import Batch, Columns, Part
+
+Request = tuple[Indices, Indices]
+"""Positions in the stream, which seed what is random, and the examples to read there."""
+Collate = Callable[[list[Any]], Batch]
+MOST_TRIES = 100
+"""Replacements tried for an example that cannot be read."""
+
+
+class NamedColumns(dict[str, Any]):
+    """A batch of named columns that says what it has when asked for what it lacks."""
+
+    def __missing__(self, name: str) -> Any:
+        raise InputError(f"the batch has no column '{name}'; its columns are {', '.join(map(repr, self))}")
+
+
+class Bad(NamedTuple):
+    """An example that could not be read, and the one that took its place."""
+
+    example: int
+    reason: str
+    replaced_by: int
+
+
+class Read(NamedTuple):
+    """What a reader returns: a batch, and which examples of it are replacements."""
+
+    batch: Batch
+    bad: tuple[Bad, ...] = ()
+
+
+class ColumnReader:
+    """Read batches from columns in memory, or mapped into it: one gather per column."""
+
+    def __init__(self, columns: Columns, rows: Order | None = None, n: int | None = None) -> None:
+        self.columns, self.rows = columns, rows
+        self.n = len(next(iter(columns.values()))) if n is None else n
+        self.row_bytes = sum(column[0].nbytes for column in columns.values())
+
+    def __call__(self, request: Request) -> Read:
+        indices = torch.from_numpy(request[1] if self.rows is None else self.rows(request[1]))
+        return Read(NamedColumns({name: column.index_select(0, indices) for name, column in self.columns.items()}))
+
+
+class BatchReader:
+    """Read batches from a map-style dataset that takes many indices at once: ``dataset.__getitems__(indices)``.
+
+    It returns a dict of columns, used as it is, or a list of examples. Nothing in it may be random: which examples
+    are read together depends on the number of processes. What is random belongs into ``__getitem__`` or ``augment``.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        collate: Collate | None = None,
+        rows: Order | None = None,
+        n: int | None = None,
+        *,
+        seed: int = 0,
+        double: bool = False,
+        skip: bool = False,
+    ) -> None:
+        """``skip``: put another example in the place of one that cannot be read, rather than raise."""
+        self.dataset, self.collate, self.rows = dataset, collate, rows
+        self.n = len(dataset) if n is None else n
+        self.seed, self.double, self.skip = seed, double, skip
+        self._checked = False
+
+    def __call__(self, request: Request) -> Read:
+        positions, indices = request
+        bad: list[Bad] = []
+        try:
+            found = self._read(indices)
+        except Exception as error:
+            if not self.skip:
+                raise unreadable(error, "one of the examples", indices) from error
+            indices = np.array(
+                [readable(self._try, self, int(p), int(i), bad) for p, i in zip(positions, indices, strict=True)]
+            )
+            found = self._read(indices)
+        if self.collate is not None and isinstance(found, Mapping):
+            found = [{name: column[i] for name, column in found.items()} for i in range(len(indices))]
+        if isinstance(found, list):
+            found = (self.collate or default_collate)(found)
+        return Read(found if self.double else narrow(found), tuple(bad))
+
+    __getitem__ = __call__  # DataLoader asks this way
+
+    def _read(self, indices: Indices) -> Any:
+        rows = (indices if self.rows is None else self.rows(indices)).tolist()
+        if self._checked:
+            return self.dataset.__getitems__(rows)
+        before = _random_states()
+        found = self.dataset.__getitems__(rows)
+        if _random_states() != before:
+            raise InputError(
+                f"{type(self.dataset).__name__}.__getitems__ draws random numbers, so its examples would depend on the "
+                "number of processes; draw them in __getitem__ (without __getitems__), or in the recipe's augment"
+            )
+        self._checked = True
+        return found
+
+    def _try(self, position: int, index: int) -> int:
+        self._read(np.array([index]))
+        return index
+
+
+class ExampleReader:
+    """Read batches from a map-style dataset example by example.
+
+    What is random in reading an example (torch, NumPy's and Python's global generators) depends on the seed
+    and the example's position alone, so neither workers nor processes change it.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        collate: Collate | None = None,
+        rows: Order | None = None,
+        n: int | None = None,
+        *,
+        seed: int = 0,
+        double: bool = False,
+        skip: bool = False,
+    ) -> None:
+        """``skip``: put another example in the place of one that cannot be read, rather than raise."""
+        self.dataset, self.collate, self.rows = dataset, collate or default_collate, rows
+        self.n = len(dataset) if n is None else n
+        self.seed, self.double, self.skip = seed, double, skip
+
+    def __call__(self, request: Request) -> Read:
+        bad: list[Bad] = []
+        examples = [self._example(int(p), int(i), bad) for p, i in zip(*request, strict=True)]
+        batch = self.collate(examples)
+        return Read(batch if self.double else narrow(batch), tuple(bad))
+
+    __getitem__ = __call__  # DataLoader asks this way
+
+    def _example(self, position: int, index: int, bad: list[Bad]) -> Any:
+        if self.skip:
+            return readable(self._read, self, position, index, bad)
+        try:
+            return self._read(position, index)
+        except Exception as error:
+            raise unreadable(error, f"example {index}", [index]) from error
+
+    def _read(self, position: int, index: int) -> Any:
+        seed_all(seed_for(self.seed, 2, position))
+        return self.dataset[index if self.rows is None else int(self.rows(np.array([index]))[0])]
+
+
+Reader = ColumnReader | BatchReader | ExampleReader
+
+
+def make_reader(examples: Any, collate: Collate | None, seed: int, *, double: bool, skip: bool = False) -> Reader:
+    """Choose how ``examples`` are read; float64 columns become float32 unless the model is ``double``."""
+    whole, rows, n = examples, None, None
+    if isinstance(examples, Part):
+        whole, rows, n = examples.whole, examples.rows, examples.n
+    if isinstance(whole, Mapping):
+        columns = ColumnReader(dict(whole) if double else narrow(whole), rows, n)
+        return columns if collate is None else BatchReader(_Rows(columns), collate, double=double)
+    reader = BatchReader if hasattr(whole, "__getitems__") else ExampleReader
+    return reader(whole, collate, rows, n, seed=seed, double=double, skip=skip)
+
+
+class _Rows:
+    """Columns for a recipe whose ``collate`` wants examples."""
+
+    def __init__(self, reader: ColumnReader) -> None:
+        self.reader = reader
+
+    def __len__(self) -> int:
+        return self.reader.n
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        return self.reader((np.array(indices), np.array(indices))).batch
+
+
+def readable(
+    read: Callable[[int, int], Any], reader: BatchReader | ExampleReader, position: int, index: int, bad: list[Bad]
+) -> Any:
+    """Return ``read(position, index)``, or where that raises the same of another index, noted in ``bad``.
+
+    Which one it is depends on the seed and the position alone, so a run that goes on takes the same.
+    """
+    reason = ""
+    for attempt in range(MOST_TRIES):
+        other = index if attempt == 0 else seed_for(reader.seed, 4, position, attempt) % reader.n
+        try:
+            found = read(position, other)
+        except Exception as error:  # whatever reading raises, the example is bad
+            reason = reason or _reason(error)
+            continue
+        if attempt:
+            bad.append(Bad(index, reason, other))
+        return found
+    raise InputError(f"example {index} cannot be read ({reason}), nor can {MOST_TRIES - 1} others in its place")
+
+
+def unreadable(error: Exception, what: str, indices: Any) -> InputError:
+    """Return the error for examples that cannot be read: which, why, and where in the code."""
+    if isinstance(error, InputError):
+        return error
+    shown = "" if len(indices) == 1 else f" {', '.join(map(str, list(indices)[:8]))}{', ...' * (len(indices) > 8)}"
+    return InputError(
+        f"{what}{shown} cannot be read: {_reason(error)}; mend it, or let a few be replaced with --skip-bad"
+    )
+
+
+def _reason(error: Exception) -> str:
+    """Say in one line what was raised, and where."""
+    if isinstance(error, InputError):
+        return str(error)
+    frames = traceback.extract_tb(error.__traceback__)
+    where = f" ({frames[-1].filename.rpartition('/')[2]}, line {frames[-1].lineno})" if frames else ""
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {first[:200]}{where}"
+
+
+def seed_all(seed: int) -> None:
+    """Seed the global generators of torch on the CPU, NumPy and Python."""
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed & 0xFFFFFFFF)
+    random.seed(seed)
+
+
+def narrow(batch: Batch) -> Batch:
+    """Turn float64 into float32, which is what models compute in, and name the columns of a dict."""
+    if isinstance(batch, Tensor):
+        return batch.float() if batch.dtype == torch.float64 else batch
+    if isinstance(batch, Mapping):
+        return NamedColumns({name: narrow(leaf) for name, leaf in batch.items()})
+    if isinstance(batch, tuple | list):
+        leaves = [narrow(leaf) for leaf in batch]
+        return type(batch)(*leaves) if hasattr(batch, "_fields") else type(batch)(leaves)
+    return batch
+
+
+def _random_states() -> tuple[Any, ...]:
+    return torch.default_generator.get_state().numpy().tobytes(), random.getstate(), str(np.random.get_state())

@@ -1,0 +1,140 @@
+"""Validation counts every example once, on any number of processes: means, and metrics that are not means."""
+
+import json
+from dataclasses import replace
+from functools import partial
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import torch.nn.functional as F
+from test_checkpoints import ends_with
+
+from scaletrain import Data, main, start, validate
+
+pytestmark = pytest.mark.filterwarnings("ignore:No (positive|negative) samples")  # of two examples' AUROC
+N = 101
+CLASSES = ("ant", "bee", "cow")
+
+
+def metrics(cfg, data):
+    from torchmetrics.classification import (
+        MulticlassAUROC,
+        MulticlassConfusionMatrix,
+        MulticlassF1Score,
+        MulticlassPrecision,
+    )
+
+    return {
+        "auroc": MulticlassAUROC(3),
+        "f1": MulticlassF1Score(3, average="macro"),
+        "precision": MulticlassPrecision(3, average=None),
+        "confusion": MulticlassConfusionMatrix(3),
+    }
+
+
+def evaluate(model, batch, cfg):
+    logits = model(batch["x"])
+    return {**tiny.evaluate(model, batch, cfg), "outputs": (logits.float(), batch["y"])}
+
+
+def data(cfg, n=N):
+    return Data(train=tiny.table(), val=tiny.table(n, seed=1), test=tiny.table(7, seed=2), classes=CLASSES)
+
+
+recipe = replace(tiny.recipe, data=data, evaluate=evaluate, metrics=metrics)
+
+
+def by_sklearn(run, n):
+    from sklearn.metrics import confusion_matrix, f1_score, precision_score, roc_auc_score
+
+    table = tiny.table(n, seed=1)
+    x, y = torch.from_numpy(table["x"]), table["y"]
+    with torch.inference_mode():
+        logits = run.module(x.to(next(run.module.parameters()).dtype))
+    probability, chosen = logits.softmax(1).double().numpy(), logits.argmax(1).numpy()
+    figures = {
+        "val_loss": F.cross_entropy(logits.double(), torch.from_numpy(y)).item(),
+        "val_accuracy": float((chosen == y).mean()),
+        "val_f1": f1_score(y, chosen, average="macro", zero_division=0),
+        "val_examples": n,
+    }
+    if len(set(y)) == 3:
+        figures["val_auroc"] = roc_auc_score(y, probability / probability.sum(1, keepdims=True), multi_class="ovr")
+    for cls, value in zip(
+        CLASSES, precision_score(y, chosen, average=None, zero_division=0, labels=[0, 1, 2]), strict=True
+    ):
+        figures[f"val_precision/{cls}"] = value
+    for row, line in zip(CLASSES, confusion_matrix(y, chosen, labels=[0, 1, 2]), strict=True):
+        figures |= {f"val_confusion/{row}/{column}": count for column, count in zip(CLASSES, line, strict=True)}
+    return figures
+
+
+def check(folder):
+    for n in (N, 2):  # with two examples a process of three or four has none of its own
+        own = replace(recipe, data=partial(data, n=n))
+        run = start(own, tiny.TinyConfig(double=True, max_steps=1, micro_batch_size=4, out=str(folder / str(n))))
+        for _ in range(2):  # the second time the objects begin anew
+            found = validate(run)
+        for name, wanted in by_sklearn(run, n).items():
+            assert found[name] == pytest.approx(wanted, rel=1e-6 if "auroc" in name else 1e-7), name
+
+
+def test_the_figures_are_scikit_learns(shared_path):
+    check(shared_path)
+
+
+@pytest.mark.world_size(2)
+def test_the_figures_are_scikit_learns_on_two_processes(shared_path):
+    check(shared_path)
+
+
+@pytest.mark.world_size(3)
+def test_the_figures_are_scikit_learns_on_three_processes(shared_path):
+    check(shared_path)
+
+
+@pytest.mark.world_size(4)
+def test_the_figures_are_scikit_learns_on_four_processes(shared_path):
+    check(shared_path)
+
+
+def test_they_are_monitored_recorded_and_hidden_from_the_console_where_they_are_many(tmp_path, capsys):
+    result = main(recipe, ["--max-steps", "20", "--monitor", "max:val_f1", "--out", str(tmp_path / "run")])
+    assert result.best == pytest.approx(result.metrics["val_f1"])
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    (line,) = [line for line in lines if line.get("val_f1") == result.best]
+    assert sum(value for name, value in line.items() if "confusion" in name) == N == line["val_examples"]
+    assert lines[-1]["test_examples"] == 7
+    said = capsys.readouterr().out
+    assert "f1 0." in said
+    assert "confusion" not in said
+    assert "examples 101" not in said
+
+
+def test_metrics_without_outputs_and_objects_that_are_none_are_refused(tmp_path, capsys):
+    said = ends_with(2, capsys, lambda: main(replace(recipe, evaluate=tiny.evaluate), ["--max-steps", "1"]))
+    assert "evaluate returns no 'outputs', which the recipe's metrics are fed with" in said
+    wrong = replace(recipe, metrics=lambda cfg, data: {"f1": 3})
+    assert "metrics returned a int as 'f1'; return torchmetrics objects" in ends_with(
+        2, capsys, lambda: main(wrong, ["--max-steps", "1"])
+    )
+
+
+def test_perplexity_is_the_exponential_of_the_mean_loss(tmp_path):
+    def objects(cfg, data):
+        from torchmetrics.text import Perplexity
+
+        return {"perplexity": Perplexity()}
+
+    def outputs(model, batch, cfg):
+        logits = model(batch["x"])
+        return {
+            **tiny.evaluate(model, batch, cfg),
+            "outputs": {"preds": logits[:, None], "target": batch["y"][:, None]},
+        }
+
+    run = start(replace(recipe, metrics=objects, evaluate=outputs), tiny.TinyConfig(max_steps=1, out=str(tmp_path)))
+    found = validate(run)
+    assert found["val_perplexity"] == pytest.approx(np.exp(found["val_loss"]), rel=1e-5)

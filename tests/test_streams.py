@@ -1,0 +1,187 @@
+"""Streams: shared out without overlap, shuffled in windows, resumed exactly on the same processes."""
+
+from dataclasses import replace
+
+import datasets
+import pytest
+import tiny
+import torch
+import torch.distributed as dist
+from test_checkpoints import ends_with, left_after
+
+from scaletrain import Data, InputError, main, start, train
+from scaletrain.devices import set_up
+from scaletrain.streams import Stream, is_stream, shared_out
+
+ROWS = [
+    {"x": x.tolist(), "y": int(y), "row": int(row)}
+    for x, y, row in zip(*(tiny.table()[name] for name in ("x", "y", "row")), strict=True)
+]
+
+
+class Numbers(torch.utils.data.IterableDataset):
+    """A stream that knows nothing of its place."""
+
+    def __init__(self, n=30):
+        self.n = n
+
+    def __iter__(self):
+        for i in range(self.n):
+            yield {"i": i, "noise": torch.rand(()).item()}
+
+
+def hugging_face(n=30):
+    return datasets.Dataset.from_dict({"i": range(n)}).to_iterable_dataset(num_shards=3)
+
+
+def taken(stream, number):
+    iterator = iter(stream)
+    return [next(iterator) for _ in range(number)]
+
+
+@pytest.mark.parametrize("make", [Numbers, hugging_face])
+@pytest.mark.parametrize("window", [1, 7, 100])
+def test_every_pass_hands_out_every_example_once_and_windows_are_shuffled(make, window):
+    seen = [example["i"] for example in taken(Stream(make(), window, seed=3), 90)]
+    for k in range(3):
+        assert sorted(seen[30 * k : 30 * k + 30]) == list(range(30))
+    if window == 1:
+        assert seen[:30] == list(range(30))  # datasets itself takes the shards of later passes in another order
+    else:
+        assert seen[:30] != seen[30:60] != sorted(seen[30:60])
+    if window == 7:
+        assert all(sorted(seen[i : i + 7]) == list(range(i, i + 7)) for i in range(0, 28, 7))
+
+
+@pytest.mark.parametrize("make", [Numbers, hugging_face])
+@pytest.mark.parametrize("window", [1, 7])
+def test_from_every_place_a_stream_goes_on_exactly(make, window):
+    whole = taken(Stream(make(), window, seed=3), 75)
+    for place in range(75):
+        first = Stream(make(), window, seed=3)
+        taken(first, place)
+        again = Stream(make(), window, seed=3)
+        again.state = first.state
+        assert taken(again, 75 - place) == whole[place:]
+
+
+def stream_recipe(rows=ROWS, **more):
+    def data(cfg):
+        train = datasets.Dataset.from_list(rows).to_iterable_dataset(num_shards=6)
+        return Data(train, tiny.table(53, seed=1), shuffle_buffer=20)
+
+    def collate(examples):
+        return {
+            "x": torch.tensor([e["x"] for e in examples], dtype=torch.float64),
+            "y": torch.tensor([e["y"] for e in examples]),
+        }
+
+    return replace(tiny.recipe, data=data, collate=collate, **more)
+
+
+def bits(folder):
+    return [(folder / "run" / name).read_bytes() for name in ("metrics.jsonl", "model.safetensors")]
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_run_on_a_stream_goes_on_with_the_same_bits(workers, tmp_path):
+    recipe = replace(stream_recipe(), data=lambda cfg: Data(stream_recipe().data(cfg).train, None, shuffle_buffer=20))
+    argv = ["--workers", str(workers), "--log-every", "1"]
+    main(recipe, ["--max-steps", "20", *argv, "--out", str(tmp_path / "whole/run")])
+    for step in (1, 5, 7, 13):
+        home = tmp_path / str(step)
+        main(
+            recipe,
+            [
+                "--max-steps",
+                "20",
+                *argv,
+                "--checkpoint-every",
+                str(step),
+                "--keep-last",
+                "99",
+                "--out",
+                str(home / "run"),
+            ],
+        )
+        left_after(home / "run", step)
+        main(
+            recipe, ["--max-steps", "20", "--workers", str(1 - workers), "--log-every", "1", "--out", str(home / "run")]
+        )
+        assert bits(home) == bits(tmp_path / "whole")
+
+
+def test_a_stream_needs_max_steps_and_no_order(tmp_path, capsys):
+    recipe = replace(stream_recipe(), data=lambda cfg: Data(hugging_face()))
+    assert "a stream, which has no length; say --max-steps" in ends_with(2, capsys, lambda: main(recipe, []))
+
+
+def test_a_stream_that_shuffles_in_a_buffer_of_its_own_is_refused():
+    with pytest.raises(InputError, match="shuffled in a buffer of its own"):
+        shared_out(hugging_face().shuffle(seed=1, buffer_size=5), 0, 1, None)
+
+
+def test_an_empty_stream_is_said():
+    with pytest.raises(InputError, match="the stream of training examples is empty"):
+        taken(Stream(Numbers(0), 5, seed=1), 1)
+
+
+def test_what_has_a_length_is_no_stream():
+    assert is_stream(Numbers())
+    assert is_stream(hugging_face())
+    assert not is_stream(datasets.Dataset.from_dict({"i": range(3)}))
+    assert not is_stream([1, 2])
+
+
+def gathered(value):
+    found = [None] * dist.get_world_size()
+    dist.all_gather_object(found, value)
+    return found
+
+
+class OwnRank(Numbers):
+    """A stream that divides itself by the rank."""
+
+    def __iter__(self):
+        for i in range(dist.get_rank(), self.n, dist.get_world_size()):
+            yield {"i": i}
+
+
+@pytest.mark.world_size(3)
+def test_processes_read_every_example_once_between_them(shared_path):
+    devices = set_up()
+    for make in (Numbers, hugging_face, OwnRank):
+        part = shared_out(make(), devices.rank, 3, devices.control)
+        mine = [example["i"] for example in part]
+        assert sorted(i for other in gathered(mine) for i in other) == list(range(30)), make
+        assert 9 <= len(mine) <= 11
+
+    class Alike(Numbers):
+        def __iter__(self):
+            yield from ({"i": 0} for _ in range(self.n))
+
+    with pytest.raises(InputError, match=r"ranks . and . read the same examples of the stream"):
+        shared_out(Alike(), devices.rank, 3, devices.control)
+
+
+@pytest.mark.world_size(2)
+def test_two_processes_go_on_exactly_and_another_number_is_refused_with_the_options(shared_path):
+    def run_to(step, name):
+        run = start(stream_recipe(), tiny.TinyConfig(max_steps=step, validate_every=50, out=str(shared_path / name)))
+        train(run)
+        return [p.detach().clone() for p in run.module.parameters()]
+
+    whole = run_to(12, "whole")
+    run_to(7, "again")
+    assert all(map(torch.equal, whole, run_to(12, "again")))
+    dist.barrier()
+    if dist.get_rank() == 0:
+        from scaletrain.checkpoint.verify import newest_whole
+        from scaletrain.run.resume import check_same
+
+        checkpoint, _ = newest_whole(shared_path / "again/checkpoints")
+        assert "2 processes" in checkpoint.state["identity"]["order"]
+        identity = checkpoint.state["identity"] | {"order": checkpoint.state["identity"]["order"].replace("2 p", "4 p")}
+        with pytest.raises(InputError, match=r"a stream for 2 processes.*, and now it is a stream for 4 processes"):
+            check_same(checkpoint, identity)
+    dist.barrier()
