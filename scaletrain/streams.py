@@ -17,7 +17,7 @@ from scaletrain.errors import InputError
 from scaletrain.loader import MicroBatch, to_device
 from scaletrain.order import Share, seed_for, seeds_for, split
 from scaletrain.readers import Collate, narrow, seed_all
-from scaletrain.workers import TIMEOUT_SECONDS, as_is, leave_signals
+from scaletrain.workers import TIMEOUT_SECONDS, answers_of, as_is, leave_signals
 
 COMPARED = 8
 """Examples by which the processes find out whether they read the same."""
@@ -132,7 +132,7 @@ class StreamLoader:
                 worker_init_fn=leave_signals,
                 generator=torch.Generator(),
             )
-        found = iter(source)
+        found = answers_of(source) if self.workers else iter(source)
         while True:
             started = time.perf_counter()
             batches, self.state = next(found)

@@ -1,10 +1,13 @@
 """Reading ahead in processes of its own, and what becomes of one that dies or hangs."""
 
 import os
+import signal
 import sys
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import chain
+from types import FrameType
 from typing import Any, TypeVar
 
 import torch
@@ -39,10 +42,11 @@ def read_ahead(reader: Reader, requests: Iterable[Request], workers: int, device
     rest = iter(requests)
     try:
         yield from _answers(reader, rest, waiting, workers, device)
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader"):  # torch's words for a worker that died or hung
+    except (RuntimeError, OSError, EOFError) as error:  # readers raise InputError: these are of the way from a worker
+        why = str(error).splitlines()[0] if isinstance(error, RuntimeError) else "DataLoader worker exited unexpectedly"
+        if not why.startswith("DataLoader"):  # torch's word for a worker that died or hung
             raise
-        sys.stderr.write(f"warning: {str(error).splitlines()[0]}; the workers are started again, once\n")
+        sys.stderr.write(f"warning: {why}; the workers are started again, once\n")
         yield from _answers(reader, chain(list(waiting), rest), deque(), workers, device)
 
 
@@ -70,10 +74,54 @@ def _answers(
     reader: Reader, requests: Iterator[Request], waiting: "deque[Request]", workers: int, device: torch.device
 ) -> Iterator[Read]:
     """Answer ``requests``; ``waiting`` holds those that have been handed to workers and are not answered yet."""
-    for answer in _loader(reader, _noted(requests, waiting), workers, device):
+    for answer in answers_of(_loader(reader, _noted(requests, waiting), workers, device)):
         waiting.popleft()
         if isinstance(answer, Failure):
             raise InputError(answer.message)
+        yield answer
+
+
+class Waiting:
+    """While it is entered, a worker that dies raises RuntimeError; at other times that waits until it is entered.
+
+    Torch's own handler of SIGCHLD raises wherever training is when a worker dies, which nobody could mend.
+    """
+
+    def __init__(self) -> None:
+        self._inside = self._died = False
+        self._raise: Any = None
+        if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
+            found: Any = signal.getsignal(signal.SIGCHLD)  # torch's, which it sets once, or an earlier one of ours
+            before = getattr(found, "__self__", None)
+            self._raise = before._raise if isinstance(before, Waiting) else found
+            signal.signal(signal.SIGCHLD, self._note)
+
+    def __enter__(self) -> None:
+        self._inside = True
+        if self._died:
+            self._died = False
+            self._note(signal.SIGCHLD, None)
+
+    def __exit__(self, *error: object) -> None:
+        self._inside = False
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if not self._inside:
+            self._died = True
+        elif callable(self._raise):
+            self._raise(number, frame)
+
+
+def answers_of(loader: DataLoader[Any]) -> Iterator[Any]:
+    """Start the workers and yield what they read. Raises RuntimeError, here alone, when one of them dies or hangs."""
+    answers = iter(loader)
+    waiting = Waiting()
+    while True:
+        with waiting:
+            try:
+                answer = next(answers)
+            except StopIteration:
+                return
         yield answer
 
 

@@ -72,8 +72,8 @@ def stream_recipe(rows=ROWS, **more):
 
     def collate(examples):
         return {
-            "x": torch.tensor([e["x"] for e in examples], dtype=torch.float64),
-            "y": torch.tensor([e["y"] for e in examples]),
+            "x": torch.stack([torch.as_tensor(e["x"], dtype=torch.float64) for e in examples]),
+            "y": torch.tensor([int(e["y"]) for e in examples]),
         }
 
     return replace(tiny.recipe, data=data, collate=collate, **more)

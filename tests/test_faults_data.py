@@ -1,0 +1,307 @@
+"""Data under fire: resumed at every step, workers killed and hung, files that vanish: rows L1 to L4."""
+
+import os
+import re
+import signal
+import time
+from dataclasses import replace
+from itertools import chain, product
+
+import numpy as np
+import psutil
+import pytest
+import tiny
+import torch
+from faultload import ALL, amount, draw, report
+from test_checkpoints import ends_with, left_after
+from test_loader import CPU, Jittered
+
+from scaletrain import Data, InputError, main
+from scaletrain import workers as workers_module
+from scaletrain.loader import Loader
+from scaletrain.order import Given, Sequential, Share, Shuffled, Weighted, micro_batch_count, seed_for
+from scaletrain.readers import ColumnReader, ExampleReader
+
+N, BATCH = 37, 8
+STEPS = -(-3 * N // BATCH)
+
+# L1: an oracle written from the definition of the orders, one position at a time
+
+
+def feistel(place, n, key):
+    """The permutation of ``Shuffled`` in plain Python integers."""
+    from math import isqrt
+
+    mask = (1 << 64) - 1
+
+    def mix(word):
+        word ^= word >> 30
+        word = word * 0xBF58476D1CE4E5B9 & mask
+        word ^= word >> 27
+        word = word * 0x94D049BB133111EB & mask
+        return word ^ word >> 31
+
+    a = max(8, isqrt(n - 1) + 1)
+    b = max(8, -(-n // a))
+    while True:
+        left, right = divmod(place, b)
+        for r in range(8):
+            round_key = key + r * 0x9E3779B97F4A7C15 & mask
+            if r % 2 == 0:
+                left = (left + ((mix(right + round_key & mask) >> 32) * a >> 32)) % a
+            else:
+                right = (right + ((mix(left + round_key & mask) >> 32) * b >> 32)) % b
+        place = left * b + right
+        if place < n:
+            return place
+
+
+def mixed(word):
+    mask = (1 << 64) - 1
+    word ^= word >> 30
+    word = word * 0xBF58476D1CE4E5B9 & mask
+    word ^= word >> 27
+    word = word * 0x94D049BB133111EB & mask
+    return word ^ word >> 31
+
+
+def oracle(kind, position):
+    epoch, place = divmod(position, N)
+    if kind == "shuffled":
+        return feistel(place, N, mixed(epoch + seed_for(5, 0) & (1 << 64) - 1))
+    if kind == "sequential":
+        return place
+    if kind == "given":
+        return (place * 7 + 3) % N
+    uniform = (mixed(position + seed_for(5, 1) & (1 << 64) - 1) >> 11) * 2.0**-53
+    bounds = np.cumsum(np.arange(1, N + 1) / sum(range(1, N + 1)))
+    return int(sum(uniform >= bound for bound in bounds / bounds[-1]))
+
+
+ORDERS = {
+    "shuffled": Shuffled(N, 5),
+    "sequential": Sequential(N),
+    "given": Given((np.arange(N) * 7 + 3) % N),
+    "weighted": Weighted(np.arange(1, N + 1), 5),
+}
+
+
+def rows_of(loader, first, number):
+    """What each step reads, fillers left out."""
+    steps = loader.steps(first)
+    return [[int(row) for batch, counted in next(steps) for row in batch["row"][:counted]] for _ in range(number)]
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores: just what is tested
+@pytest.mark.parametrize("workers", [0, 1, 2, 4] if ALL else [0, 2])
+@pytest.mark.parametrize("kind", ORDERS)
+def test_from_every_step_of_three_epochs_every_process_reads_what_the_oracle_says(kind, workers):
+    wanted = [[oracle(kind, step * BATCH + i) for i in range(BATCH)] for step in range(STEPS)]
+    done = 0
+    firsts = range(STEPS) if workers == 0 else draw(f"L1 {kind}").sample(range(STEPS), amount(STEPS, 2))
+    for world_size, first in product((1, 2, 3), firsts):
+        parts = []
+        for rank in range(world_size):
+            share = Share(ORDERS[kind], BATCH, rank, world_size)
+            for reader in (ColumnReader({"row": torch.arange(N)}), ExampleReader(Jittered(N), seed=3)):
+                count = micro_batch_count(BATCH, world_size, 3)
+                loader = Loader(reader, share, count, workers=workers, device=CPU)
+                parts.append(rows_of(loader, first * BATCH, min(4, STEPS - first)))
+        for by_reader in (parts[0::2], parts[1::2]):
+            for k, step in enumerate(zip(*by_reader, strict=True)):
+                assert list(chain(*step)) == wanted[first + k], (kind, workers, world_size, first)
+        done += 1
+    if kind in ("shuffled", "sequential", "given"):
+        for epoch in range(3):
+            flat = list(chain(*wanted))[epoch * N : (epoch + 1) * N]
+            assert sorted(flat) == list(range(N))
+    report(f"L1 resumed at every step, {kind}, {workers} workers, 1-3 processes", done, "the oracle's examples")
+
+
+class Noisy:
+    """Rows of the table, with noise; one may be made to fail."""
+
+    def __init__(self, fail=None):
+        self.table, self.fail = {name: torch.as_tensor(c) for name, c in tiny.table().items()}, fail
+
+    def __len__(self):
+        return 101
+
+    def __getitem__(self, i):
+        if self.fail is not None:
+            self.fail(i)
+        row = {name: column[i] for name, column in self.table.items()}
+        return row | {"x": row["x"] + 0.1 * torch.randn(5, dtype=torch.float64)}
+
+
+def recipe_with(fail=None):
+    return replace(tiny.recipe, data=lambda cfg: Data(Noisy(fail)))
+
+
+def bits(folder):
+    return [(folder / name).read_bytes() for name in ("metrics.jsonl", "model.safetensors")]
+
+
+def test_two_resumes_in_one_epoch_change_nothing(tmp_path):
+    argv = ["--log-every", "1", "--max-steps", "9", "--batch-size", "12"]
+    main(recipe_with(), [*argv, "--out", str(tmp_path / "whole")])
+    main(recipe_with(), [*argv, "--checkpoint-every", "1", "--keep-last", "99", "--out", str(tmp_path / "run")])
+    left_after(tmp_path / "run", 2)
+    for max_steps in ("5", "9"):
+        more = ["--max-steps", max_steps, "--checkpoint-every", "1", "--out", str(tmp_path / "run")]
+        main(recipe_with(), [*argv, *more])
+    assert bits(tmp_path / "run")[1] == bits(tmp_path / "whole")[1]
+
+
+# L2: workers that die and hang
+
+
+def once(path, act):
+    """A function of an example's index that acts at index 40, the first time in any process."""
+
+    def fail(i):
+        if i == 40 and not path.exists():
+            path.touch()
+            act()
+
+    return fail
+
+
+def killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_is_replaced_once_and_no_bit_changes(tmp_path, capfd):
+    argv = ["--max-steps", "12", "--workers", "2", "--log-every", "1"]
+    main(recipe_with(), [*argv, "--out", str(tmp_path / "whole")])
+    times = amount(20, 1)
+    for i in range(times):
+        fail = once(tmp_path / f"done{i}", killed)
+        main(recipe_with(fail), [*argv, "--out", str(tmp_path / f"run{i}")])
+        assert bits(tmp_path / f"run{i}") == bits(tmp_path / "whole")
+        said = capfd.readouterr().err
+        assert re.search(r"warning: DataLoader worker .*(killed by signal: Killed|exited unexpectedly)", said)
+    report("L2 a worker killed", times, "started again from where it was, all bits equal")
+
+
+def test_a_worker_that_dies_again_ends_the_run_by_name(tmp_path):
+    with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid\(?s?\)? ?\d+\).*"):
+        main(recipe_with(lambda i: killed() if i == 40 else None), ["--max-steps", "12", "--workers", "1"])
+    assert not [child for child in psutil.Process().children() if "pt_data_worker" in " ".join(child.cmdline())]
+
+
+def test_a_worker_that_hangs_is_replaced(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(workers_module, "TIMEOUT_SECONDS", 4)
+    argv = ["--max-steps", "12", "--workers", "1", "--log-every", "1"]
+    main(recipe_with(), [*argv, "--out", str(tmp_path / "whole")])
+    fail = once(tmp_path / "hung", lambda: time.sleep(1000))
+    main(recipe_with(fail), [*argv, "--out", str(tmp_path / "run")])
+    assert bits(tmp_path / "run") == bits(tmp_path / "whole")
+    assert "DataLoader timed out after 4 seconds" in capfd.readouterr().err
+    report("L2 a worker hangs", 1, "started again from where it was, all bits equal")
+
+
+# L2, L3: examples that cannot be read
+
+
+def corrupt(*indices):
+    def fail(i):
+        if i in indices:
+            raise OSError(5, "Input/output error", f"picture-{i}.png")
+
+    return fail
+
+
+@pytest.mark.parametrize("workers", ["0", "2"])
+def test_an_example_that_cannot_be_read_ends_the_run_naming_file_and_index(workers, tmp_path, capsys):
+    said = ends_with(2, capsys, lambda: main(recipe_with(corrupt(17)), ["--max-steps", "12", "--workers", workers]))
+    assert "example 17 cannot be read: OSError: [Errno 5] Input/output error: 'picture-17.png'" in said
+    assert "--skip-bad" in said
+
+
+def test_bad_examples_are_replaced_by_the_same_ones_also_when_the_run_goes_on(tmp_path, capfd):
+    argv = ["--max-steps", "20", "--skip-bad", "3", "--log-every", "1"]
+    bad = corrupt(17, 40, 99)
+    main(recipe_with(bad), [*argv, "--out", str(tmp_path / "whole")])
+    told = capfd.readouterr().err
+    assert told.count("warning: example") == 3
+    for workers, step in product(("0", "2"), draw("L3").sample(range(1, 20), amount(19, 2))):
+        home = tmp_path / f"{workers}-{step}"
+        more = ["--workers", workers, "--out", str(home)]
+        main(recipe_with(bad), [*argv, "--checkpoint-every", str(step), "--keep-last", "99", *more])
+        left_after(home, step)
+        main(recipe_with(bad), [*argv, *more])
+        assert bits(home) == bits(tmp_path / "whole")
+        assert (home / "result.json").read_bytes() == (tmp_path / "whole/result.json").read_bytes()
+    assert '"examples_replaced"' in (tmp_path / "whole/result.json").read_text()
+    assert "picture-99.png" in (tmp_path / "whole/result.json").read_text()
+    report("L3 three bad examples, resumed", amount(19, 2) * 2, "the same replacements, all bits equal")
+
+
+def test_more_bad_examples_than_allowed_end_the_run(tmp_path, capfd):
+    with pytest.raises(SystemExit) as ended:
+        main(recipe_with(corrupt(17, 40, 99)), ["--max-steps", "20", "--skip-bad", "2"])
+    assert ended.value.code == 2
+    assert "--skip-bad allows 2 on each process, and this is one more" in capfd.readouterr().err
+
+
+def test_validation_never_replaces_an_example(tmp_path, capsys):
+    recipe = replace(tiny.recipe, data=lambda cfg: Data(tiny.table(), val=Noisy(corrupt(17))))
+    said = ends_with(2, capsys, lambda: main(recipe, ["--max-steps", "20", "--skip-bad", "9"]))
+    assert "example 17 cannot be read" in said
+
+
+# L4: other data under the same name
+
+
+def test_data_that_changed_between_runs_is_refused(tmp_path, capsys):
+    def with_table(change):
+        def data(cfg):
+            table = tiny.table()
+            change(table)
+            return Data(table, tiny.table(53, seed=1))
+
+        return replace(tiny.recipe, data=data)
+
+    def shorter(table):
+        for name in table:
+            table[name] = table[name][:-1]
+
+    def reversed_(table):
+        for name in table:
+            table[name] = table[name][::-1]
+
+    def other_type(table):
+        table["w"] = table["w"].astype(np.int32)
+
+    def other_value(table):
+        table["x"][0, 0] += 1
+
+    argv = ["--max-steps", "5", "--out", str(tmp_path / "run")]
+    main(with_table(lambda table: None), argv)
+    changes = (shorter, reversed_, other_type, other_value)
+    for change in changes:
+        said = ends_with(2, capsys, lambda change=change: main(with_table(change), [*argv, "--max-steps", "9"]))
+        assert "was made with other training or validation data" in said
+    report("L4 other data under the same name", len(changes), "refused")
+
+
+def test_a_file_that_vanishes_in_the_midst_of_a_run_is_named(tmp_path, capsys):
+    from PIL import Image
+
+    from scaletrain import load
+    from scaletrain.sources import columns
+
+    for cls, i in product(("cat", "dog"), range(30)):
+        (tmp_path / "pets" / cls).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (i, 0, 0)).save(tmp_path / f"pets/{cls}/{i}.png")
+    data = load(str(tmp_path / "pets"), split_seed=None)
+    assert len(data.train["label"]) == 60
+    original, columns.COPIED_BYTES = columns.COPIED_BYTES, 0
+    try:
+        lazy = load(str(tmp_path / "pets"), split_seed=None)
+    finally:
+        columns.COPIED_BYTES = original
+    (tmp_path / "pets/dog/7.png").unlink()
+    with pytest.raises(InputError, match=r"image .*dog/7\.png \(row \d+\): .*No such file"):
+        lazy.train.__getitems__(list(range(60)))
