@@ -2,6 +2,7 @@
 
     accelerate launch recipes/cnn.py
     accelerate launch recipes/cnn.py --width 8 --seed 1
+    scaletrain predict recipes/cnn.py --weights runs/cnn/... --data photos/ --to labels.parquet
 
 Expected: val_accuracy 0.97 or better on the built-in digits, 1,797 real handwritten ones of which a fifth is held
 out (0.978-0.994 over 5 seeds, half a minute on 2 CPU cores).
@@ -18,7 +19,7 @@ from scaletrain import Config, Data, Recipe, load, main, warmup_cosine
 @dataclass(frozen=True, kw_only=True)
 class CNNConfig(Config):
     data: str = "digits"
-    """Built-in image data."""
+    """Built-in digits, a folder of images, a Hub id, or a file."""
     epochs: float = 20
     batch_size: int = 128
     lr: float = 3e-3
@@ -71,12 +72,18 @@ def evaluate(model: nn.Module, batch: dict[str, Tensor], cfg: CNNConfig) -> dict
     }
 
 
+def predict(model: nn.Module, batch: dict[str, Tensor], cfg: CNNConfig) -> dict[str, Tensor]:
+    probability, label = model(batch["image"]).softmax(1).max(1)
+    return {"label": label, "probability": probability}
+
+
 recipe = Recipe(
     config=CNNConfig,
     data=load_data,
     model=build_model,
     loss=loss,
     evaluate=evaluate,
+    predict=predict,
     schedule=warmup_cosine,
     expect={"val_accuracy": ">=0.97"},
 )

@@ -9,6 +9,7 @@ a second on 2 CPU cores).
 
 from dataclasses import dataclass
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ from scaletrain import Config, Data, Recipe, load, main, warmup_cosine
 @dataclass(frozen=True, kw_only=True)
 class MLPConfig(Config):
     data: str = "digits"
-    """Built-in table: digits, wine, iris or breast_cancer."""
+    """Built-in table: digits, wine, iris or breast_cancer; or a file with numbers and a column of labels."""
     epochs: float = 20
     lr: float = 3e-3
     width: int = 64
@@ -26,12 +27,20 @@ class MLPConfig(Config):
 
 
 def load_data(cfg: MLPConfig) -> Data:
-    data = load(cfg.data, split_seed=cfg.split_seed)  # features (N, F) float, label (N,) int
-    mean, std = data.train["features"].mean(0), data.train["features"].std(0)
-    std[std == 0] = 1  # a pixel that is always empty
-    for split in (data.train, data.val):  # both by the training examples' scale: nothing leaks from the others
-        split["features"] = (split["features"] - mean) / std
-    return data
+    return load(cfg.data, split_seed=cfg.split_seed)  # features (N, F) float, label (N,) int
+
+
+class Standardize(nn.Module):
+    """Scale by the training examples alone: nothing leaks from others, and the scale is saved with the weights."""
+
+    def __init__(self, features: Tensor) -> None:
+        super().__init__()
+        std = features.std(0)
+        self.register_buffer("mean", features.mean(0))
+        self.register_buffer("std", torch.where(std == 0, 1, std))  # a pixel that is always empty
+
+    def forward(self, features: Tensor) -> Tensor:
+        return (features - self.mean) / self.std
 
 
 def mlp(n_features: int, n_classes: int, width: int = 64) -> nn.Module:
@@ -45,7 +54,8 @@ def mlp(n_features: int, n_classes: int, width: int = 64) -> nn.Module:
 
 
 def build_model(cfg: MLPConfig, data: Data) -> nn.Module:
-    return mlp(data.train["features"].shape[1], len(data.classes), cfg.width)
+    features = data.train["features"]
+    return nn.Sequential(Standardize(features), *mlp(features.shape[1], len(data.classes), cfg.width))
 
 
 def loss(model: nn.Module, batch: dict[str, Tensor], cfg: MLPConfig) -> Tensor:
@@ -60,12 +70,18 @@ def evaluate(model: nn.Module, batch: dict[str, Tensor], cfg: MLPConfig) -> dict
     }
 
 
+def predict(model: nn.Module, batch: dict[str, Tensor], cfg: MLPConfig) -> dict[str, Tensor]:
+    probability, label = model(batch["features"]).softmax(1).max(1)
+    return {"label": label, "probability": probability}
+
+
 recipe = Recipe(
     config=MLPConfig,
     data=load_data,
     model=build_model,
     loss=loss,
     evaluate=evaluate,
+    predict=predict,
     schedule=warmup_cosine,
     expect={"val_accuracy": ">=0.96"},
 )

@@ -248,3 +248,7 @@ def _fail(code: int, reason: str) -> NoReturn:
     if int(os.environ.get("RANK", "0")) == 0:
         print(f"error: {reason}", file=sys.stderr)
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -12,12 +12,13 @@ from dataclasses import fields, replace
 from importlib.metadata import entry_points
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
 from launching import ROOT, launch
 
-from scaletrain import main
+from scaletrain import main, start, steps
 from scaletrain.checkpoint.load import load_new
 from scaletrain.checkpoint.saver import Saver
 from scaletrain.checkpoint.verify import open_checkpoint, open_whole
@@ -41,7 +42,11 @@ def commands():
     return [line for line in lines if not line.startswith("make ")]
 
 
-@pytest.mark.parametrize("code", [block for block in blocks("python") if FORMAT.name not in block.id])
+ELSEWHERE = ("checkpoints.md", "data.md")
+"""Pages whose blocks have tests of their own."""
+
+
+@pytest.mark.parametrize("code", [block for block in blocks("python") if not block.id.startswith(ELSEWHERE)])
 def test_a_python_block_runs_as_it_stands(code, tmp_path):
     (tmp_path / "block.py").write_text(code)
     ended = launch(sys.executable, tmp_path / "block.py", *SHORT)
@@ -101,6 +106,53 @@ def test_every_link_leads_somewhere():
     for page in PAGES:
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert link.startswith("https://") or (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+# docs/data.md
+
+
+def files_of_the_page():
+    """Make small files of the names that the page uses, in the working folder."""
+    from PIL import Image
+    from test_sources import folder_of_images, write
+
+    write(Path("animals.csv"))
+    write(Path("animals.jsonl"))
+    folder_of_images(Path("photos"))
+    Image.new("RGB", (5, 5)).save("photos/cat/extra.png")
+    np.save("x.npy", np.random.default_rng(0).normal(size=(60, 2)).astype(np.float32))
+    Path("book.txt").write_text("a few words, again and again; " * 60)
+    np.arange(2000).astype(np.uint16).tofile("tokens.bin")
+
+
+def trains(data):
+    """Whether two steps can be trained on ``data``."""
+
+    def loss(model, batch, cfg):
+        leaf = next(value for name, value in batch.items() if name not in ("label", "target"))
+        return model(leaf.float().flatten(1)[:, :1]).square().mean()
+
+    recipe = replace(tiny.recipe, data=lambda cfg: data, model=lambda cfg, data: torch.nn.Linear(1, 1), loss=loss)
+    run = start(replace(recipe, evaluate=None), tiny.TinyConfig(max_steps=2, workers=0))
+    return len(list(steps(run))) == 2
+
+
+def test_the_blocks_of_the_data_page_run_and_train(tmp_path, monkeypatch):
+    files_of_the_page()
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    known = {"__name__": "page"}
+    trained = 0
+    for block in blocks("python"):
+        if not block.id.startswith("data.md"):
+            continue
+        for statement in ast.parse(block.values[0]).body:
+            exec(compile(ast.Module([statement], []), "data.md", "exec"), known)
+            if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "data":
+                assert trains(known["data"]), ast.unparse(statement)
+                trained += 1
+    assert trained >= 14
+    assert len(known["labels"]) == 12
+    assert "val_auroc" in Path("animals/metrics.jsonl").read_text()
 
 
 # docs/checkpoints.md: its reader, its tables and its commands

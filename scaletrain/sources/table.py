@@ -152,7 +152,7 @@ def as_table(examples: Any, where: str) -> Any:
 
     One that has a transform of its own is left alone.
     """
-    if not type(examples).__module__.startswith("datasets.") or not hasattr(examples, "with_format"):
+    if not type(examples).__module__.startswith("datasets.") or not hasattr(examples, "__len__"):
         return examples
     kinds = {name: kind_of(feature) for name, feature in examples.features.items()}
     shown = examples.format["columns"]
