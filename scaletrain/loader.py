@@ -89,9 +89,12 @@ class Loader:
         return next(here.steps(0))
 
     def _from_columns(self, reader: ColumnReader, first: int) -> Iterator[list[MicroBatch]]:
-        """Gather and move several steps at once, then cut: a call on a few rows costs as much as on hundreds."""
+        """Gather and move several steps at once, then cut: a call on a few rows costs as much as on hundreds.
+
+        The first step comes alone, so that training begins before much is read.
+        """
         size, names = self.share.size, list(reader.columns)
-        steps = min(INDEX_BLOCK, GATHER_BYTES // max(1, reader.row_bytes)) // size or 1
+        steps, most = 1, min(INDEX_BLOCK, GATHER_BYTES // max(1, reader.row_bytes)) // size or 1
         whole = self.micro_batches == 1
         while True:
             positions, indices = self.share.block(first, steps)
@@ -101,6 +104,7 @@ class Loader:
                 batch = NamedColumns(zip(names, rows, strict=True))
                 yield [MicroBatch(batch, size)] if whole else self._cut(batch)
             first += steps * self.share.batch_size
+            steps = min(2 * steps, most)
 
     def _cut(self, batch: NamedColumns) -> list[MicroBatch]:
         return [

@@ -1,5 +1,6 @@
 """From indices to a batch: one gather per column, many rows of a table at once, or example by example."""
 
+import mmap
 import random
 import traceback
 from collections.abc import Callable, Mapping
@@ -12,11 +13,13 @@ from torch.utils.data import default_collate
 
 from scaletrain.errors import InputError
 from scaletrain.order import Indices, Order, seed_for
-from scaletrain.recipe import Batch, Columns, Part
+from scaletrain.recipe import MAPPED, Batch, Columns, Part
 
 Request = tuple[Indices, Indices]
 """Positions in the stream, which seed what is random, and the examples to read there."""
 Collate = Callable[[list[Any]], Batch]
+PAGES_BYTES, KEPT_BYTES = 16 * 4096, 256 << 20
+"""What the kernel maps around a row that is read, and how much of that is kept."""
 MOST_TRIES = 100
 """Replacements tried for an example that cannot be read."""
 
@@ -48,12 +51,28 @@ class ColumnReader:
 
     def __init__(self, columns: Columns, rows: Order | None = None, n: int | None = None) -> None:
         self.columns, self.rows = columns, rows
+        large = [column for column in columns.values() if column.nbytes > KEPT_BYTES]
+        self._maps = [getattr(column, MAPPED) for column in large if hasattr(column, MAPPED)]
+        self._touched_bytes = 0
         self.n = len(next(iter(columns.values()))) if n is None else n
-        self.row_bytes = sum(column[0].nbytes for column in columns.values())
+        self.row_bytes = sum(column[0].nbytes for column in columns.values()) + PAGES_BYTES * len(self._maps)
 
     def __call__(self, request: Request) -> Read:
         indices = torch.from_numpy(request[1] if self.rows is None else self.rows(request[1]))
+        if self._maps:
+            self._let_go(len(indices))
         return Read(NamedColumns({name: column.index_select(0, indices) for name, column in self.columns.items()}))
+
+    def _let_go(self, rows: int) -> None:
+        """Give the pages of memory maps back now and then: each row read keeps 16 of them, though nobody wants them.
+
+        What has been read stays in the system's cache as long as there is room.
+        """
+        self._touched_bytes += rows * self.row_bytes
+        if self._touched_bytes > KEPT_BYTES:
+            self._touched_bytes = 0
+            for mapped in self._maps:
+                mapped.madvise(mmap.MADV_DONTNEED)
 
 
 class BatchReader:

@@ -1,6 +1,7 @@
 """What an experiment is: a recipe, a value made of plain functions, and the data it learns from."""
 
 import hashlib
+import mmap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ Batch = Any
 """A dict, tuple or tensor of tensors whose first dimension is the examples."""
 IGNORED_LABEL = -100
 """The label that torch's cross entropy ignores by default."""
+MAPPED = "scaletrain_memory_map"
+"""Attribute of a column that lies in a memory map of a file."""
 Metric = Tensor | tuple[Tensor, Tensor]
 Hook = Callable[[Any, Any], None]
 
@@ -147,13 +150,14 @@ def fingerprint(data: Data) -> str:
 
 def _digest(examples: Any, digest: "hashlib._Hash") -> None:
     if isinstance(examples, Part):
-        rows = np.ascontiguousarray(examples.rows(np.linspace(0, examples.n - 1, 64).astype(np.int64)), dtype="<i8")
-        digest.update(f" {examples.n} ".encode() + rows.tobytes())
+        shown = np.ascontiguousarray(examples.rows(np.linspace(0, examples.n - 1, 64).astype(np.int64)), dtype="<i8")
+        digest.update(f" {examples.n} ".encode() + shown.tobytes())
         _digest(examples.whole, digest)
     elif isinstance(examples, Mapping):
         for name, column in examples.items():
             digest.update(f" {name} {tuple(column.shape)} {column.dtype}".encode())
-            sample = column[torch.linspace(0, len(column) - 1, 64).long()].contiguous()
+            rows = torch.from_numpy(np.linspace(0, len(column) - 1, 64).astype(np.int64))
+            sample = column[rows].contiguous()
             digest.update(sample.view(torch.uint8).numpy().tobytes())
     else:
         known, length = getattr(examples, "fingerprint", None), len(examples) if hasattr(examples, "__len__") else None
@@ -180,8 +184,11 @@ def _columns(examples: Mapping[str, Any], split: str, classes: Sequence[str] | N
         raise InputError(f"the columns of {split} have different lengths: {lengths}")
     label = columns.get("label")
     if classes is not None and label is not None and not label.is_floating_point():
-        meant = label[label != IGNORED_LABEL]
-        low, high = (int(meant.min()), int(meant.max())) if len(meant) else (0, 0)
+        low, high = 0, 0
+        for start in range(0, len(label), 1 << 20):  # it may be a memory map
+            meant = label[start : start + (1 << 20)]
+            meant = meant[meant != IGNORED_LABEL]
+            low, high = (min(low, int(meant.min())), max(high, int(meant.max()))) if len(meant) else (low, high)
         if low < 0 or high >= len(classes):
             raise InputError(
                 f"{split} has labels from {low} to {high}, but there are {len(classes)} classes: "
@@ -190,11 +197,23 @@ def _columns(examples: Mapping[str, Any], split: str, classes: Sequence[str] | N
     return columns
 
 
+def memory_map(array: Any) -> mmap.mmap | None:
+    """Return the memory map of a file that ``array`` reads from, if it does and nothing was written to a copy of it."""
+    while array is not None:
+        if isinstance(array, np.memmap) and array.mode == "c":
+            return None
+        if isinstance(array, mmap.mmap):
+            return array
+        array = getattr(array, "base", None)
+    return None
+
+
 def _as_tensor(column: Any, what: str) -> Tensor:
+    mapped = getattr(column, MAPPED, None)
     if isinstance(column, Tensor):
         tensor = column.detach().cpu()
     else:
-        array = np.asarray(column)
+        mapped, array = memory_map(column), np.asarray(column)
         if array.dtype.kind not in "biuf":
             raise InputError(f"{what} holds {array.dtype}; a column is numbers, one row an example")
         wider = {"u2": np.int32, "u4": np.int64, "u8": np.int64, "f16": np.float64}.get(array.dtype.str[1:])
@@ -206,4 +225,7 @@ def _as_tensor(column: Any, what: str) -> Tensor:
             tensor = torch.from_numpy(array)
     if tensor.ndim == 0:
         raise InputError(f"{what} is a single number; a column has one row an example")
+    if mapped is not None and hasattr(mmap, "MADV_RANDOM"):
+        mapped.madvise(mmap.MADV_RANDOM)  # what lies around a row would be read for nothing
+        setattr(tensor, MAPPED, mapped)
     return tensor

@@ -1,14 +1,20 @@
 """From indices to micro-batches: columns in memory, datasets read by workers, randomness by position."""
 
+import json
 import random
+import tempfile
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
 import torch
 
-from scaletrain import Data, start, steps, validate
+from benchmarks import large_map
+from benchmarks.children import in_child
+from scaletrain import Data, Given, Sequential, Weighted, main, start, steps, validate
 from scaletrain.errors import InputError
 from scaletrain.loader import HeldOut, Loader, length, to_device
 from scaletrain.order import Share, Shuffled, micro_batch_count
@@ -187,3 +193,98 @@ def test_batches_of_every_kind_move_to_a_device():
     assert moved["b"][1][0].is_meta
     assert moved["c"] == "text"
     assert to_device(batch, CPU) is batch
+
+
+class Slow(Jittered):
+    """Rows that take 5 ms each."""
+
+    def __getitem__(self, i):
+        time.sleep(0.005)
+        return {"x": torch.zeros(5), "y": i % 3}
+
+
+def test_waiting_for_data_is_recorded_and_said_once_with_what_to_change(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("scaletrain.hooks.JUDGED_SECONDS", 0.2)
+    argv = ["--max-steps", "12", "--batch-size", "8", "--log-every", "1", "--out", str(tmp_path / "run")]
+    main(replace(tiny.recipe, data=lambda cfg: Data(Slow(40))), [*argv, "--workers", "0"])
+    said = capsys.readouterr().out
+    assert said.count("training waits for data") == 1
+    assert "--workers 2 reads ahead in more processes (now 0)" in said
+    lines = [json.loads(line) for line in (tmp_path / "run/timing.jsonl").read_text().splitlines()]
+    assert all(0.5 < line["waiting_for_data"] <= 1 for line in lines)
+
+
+def test_training_that_does_not_wait_says_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("scaletrain.hooks.JUDGED_SECONDS", 0)
+    main(tiny.recipe, ["--max-steps", "30", "--log-every", "1", "--out", str(tmp_path / "run")])
+    assert "waits for data" not in capsys.readouterr().out
+    lines = [json.loads(line) for line in (tmp_path / "run/timing.jsonl").read_text().splitlines()]
+    assert all(0 <= line["waiting_for_data"] < 1 for line in lines)
+
+
+class Together(Jittered):
+    """Rows read many at once; ``kind`` says as what."""
+
+    def __init__(self, kind, n=48):
+        self.kind, self.n = kind, n
+
+    def __getitems__(self, indices):
+        if self.kind == "random":
+            torch.rand(())
+        rows = [{"row": i, "x": torch.tensor([float(i)])} for i in indices]
+        if self.kind == "examples":
+            return rows
+        return {"row": torch.tensor(indices), "x": torch.tensor(indices)[:, None].float()}
+
+
+@pytest.mark.parametrize("kind", ["columns", "examples"])
+@pytest.mark.parametrize("collate", [None, lambda rows: {"row": torch.tensor([int(row["row"]) for row in rows])}])
+def test_a_dataset_that_reads_many_rows_at_once_is_asked_so(kind, collate):
+    reader = make_reader(Together(kind), collate, 0, double=False)
+    for k, ((batch, counted),) in enumerate(first_steps(loader(reader), 5)):
+        assert counted == 12
+        assert batch["row"].tolist() == Shuffled(48, 5)(np.arange(12 * k, 12 * k + 12)).tolist()
+        if collate is None:
+            assert batch["x"][:, 0].tolist() == batch["row"].tolist()
+
+
+def test_random_numbers_in_getitems_are_noticed():
+    with pytest.raises(InputError, match=r"Together.__getitems__ draws random numbers, .*draw them in __getitem__"):
+        first_steps(loader(make_reader(Together("random"), None, 0, double=False)), 1)
+
+
+def test_collate_gets_the_rows_of_columns_too():
+    columns = {"row": torch.arange(48)}
+    reader = make_reader(columns, lambda rows: {"row": torch.stack([row["row"] for row in rows])}, 0, double=False)
+    (((batch, _),),) = first_steps(loader(reader), 1)
+    assert batch["row"].tolist() == Shuffled(48, 5)(np.arange(12)).tolist()
+
+
+@pytest.mark.parametrize("order", [Sequential(101), Given(np.array([5, 3, 5])), Weighted.balanced(tiny.table()["y"])])
+def test_data_may_have_an_order_of_its_own(order, tmp_path):
+    seen = []
+
+    def loss(model, batch, cfg):
+        seen.extend(batch["row"].tolist())
+        return tiny.loss(model, batch, cfg)
+
+    recipe = replace(tiny.recipe, data=lambda cfg: Data(tiny.table(), order=order), loss=loss)
+    main(recipe, ["--max-steps", "20", "--out", str(tmp_path / "run")])
+    assert seen == order(np.arange(320)).tolist()
+    if isinstance(order, Weighted):
+        drawn = np.bincount(tiny.table()["y"][seen])
+        assert drawn.min() > 0.7 * drawn.max()
+
+
+def test_an_order_that_asks_for_an_example_that_is_not_there_is_refused(tmp_path):
+    recipe = replace(tiny.recipe, data=lambda cfg: Data(tiny.table(), order=Given(np.array([5, 101]))))
+    with pytest.raises(InputError, match="the order asks for example 101, but there are 101: 0 to 100"):
+        start(recipe, tiny.TinyConfig(max_steps=1, out=str(tmp_path)))
+
+
+def test_fifty_million_rows_in_a_memory_map_take_less_than_a_gigabyte():
+    with tempfile.TemporaryDirectory() as folder:  # sparse files: hardly any bytes are stored
+        large_map.make_files(Path(folder), 50_000_000)
+        found = in_child("benchmarks.large_map", "--folder", folder, "--steps", 60)
+    assert found["examples"] == 45_000_000
+    assert found["peak"] < 1e9
