@@ -74,7 +74,7 @@ class Config:
     """Validation metric that decides what is best; lower is better, or say max:val_accuracy."""
     patience: int | None = None
     """Stop after this many validations in a row without a better monitored metric."""
-    track: Literal["none", "wandb"] = "none"
+    track: Literal["none", "wandb", "tensorboard"] = "none"
     """Also send metrics to a tracker; wandb works offline without a key."""
 
     def check(self) -> None:

@@ -8,12 +8,12 @@ from math import nan
 from pathlib import Path
 from typing import Any
 
-from accelerate.tracking import WandBTracker
+from accelerate.tracking import TensorBoardTracker, WandBTracker
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from scaletrain.errors import CheckpointError
-from scaletrain.folder import strict, write_json
+from scaletrain.folder import short, strict, write_json
 
 PLAIN_LINE_SECONDS = 10
 """Without a terminal, training says where it is at most this often; validations always print."""
@@ -41,7 +41,7 @@ class Tracking:
         """The tracker's own name for this run, by which a later process goes on with it."""
         self._console = Console(highlight=False, soft_wrap=True)
         self._progress = StepLine(self._console, total_steps)
-        self._tracker: WandBTracker | None = None
+        self._tracker: WandBTracker | TensorBoardTracker | None = None
 
     def say(self, text: str) -> None:
         """Print a line."""
@@ -67,24 +67,33 @@ class Tracking:
     def start_tracker(self, track: str, name: str, config: Mapping[str, Any], run: str = "") -> None:
         """Connect the tracker that ``--track`` names; wandb is offline unless it has a key or WANDB_MODE says more.
 
+        TensorBoard's files lie in the run folder.
+
         ``run`` is the ``tracker_run`` of before: it goes on, and lines it has been told are not told again.
         """
         if self.folder is None or self._told is None or self._metrics is None or track == "none":
             return
         run = self._told.run or run
-        mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
         try:
-            run_name = f"{name}/{self.folder.name}"
-            known = {"id": run, "resume": "allow"} if run else {}
-            self._tracker = WandBTracker("scaletrain", name=run_name, dir=str(self.folder), mode=mode, **known)
+            if track == "tensorboard":
+                where = f"tensorboard --logdir {short(self.folder)}"
+                self._tracker = TensorBoardTracker("tensorboard", logging_dir=str(self.folder))
+            else:
+                mode = os.environ.get("WANDB_MODE") or ("online" if _has_wandb_key() else "offline")
+                where = f"wandb, {mode}"
+                known = {"id": run, "resume": "allow"} if run.startswith("wandb:") else {}
+                known |= {"id": run.removeprefix("wandb:")} if known else {}
+                run_name = f"{name}/{self.folder.name}"
+                self._tracker = WandBTracker("scaletrain", name=run_name, dir=str(self.folder), mode=mode, **known)
             self._tracker.start()
-            self._tracker.store_init_configuration(strict(config))  # older ones begin an offline run anew here
-            self.tracker_run = str(getattr(self._tracker.tracker, "id", ""))
+            told = {key: value for key, value in strict(config).items() if value is not None}
+            self._tracker.store_init_configuration(told)  # older ones begin an offline run of wandb anew here
+            self.tracker_run = f"{track}:{getattr(self._tracker.tracker, 'id', '')}"
             self._told.begin(self.tracker_run, self._metrics.count)
         except Exception as error:  # whatever a tracker does, training goes on
             self._drop_tracker(error)
         else:
-            self.say(f"tracking with wandb, {mode}")
+            self.say(f"tracking with {where}")
 
     def log(self, values: Mapping[str, float], *, step: int, epoch: float, samples_seen: int) -> None:
         """Record figures of this step: a line in metrics.jsonl, the tracker, the console."""

@@ -111,3 +111,21 @@ def test_a_torn_state_is_told_from_a_whole_one(tmp_path):
     saving = kill_and_resume.WhileSaving(SCALETRAIN, tmp_path, hidden=16)
     saving.whole.steps[0][5]["state"] = saving.whole.steps[0][10]["state"] = "another"
     assert saving.trial(0, 0.3) in {"torn", "missed"}
+
+
+def run_benchmark(module, *options):
+    out = Path("result.md")
+    ended = launch(sys.executable, "-m", module, *options, "--out", out.resolve(), timeout=240, PYTHONPATH=str(ROOT))
+    assert ended.returncode == 0, ended.stderr
+    return out.read_text()
+
+
+def test_reading_is_measured_beside_other_loaders():
+    said = run_benchmark("benchmarks.loading", "--rounds", "2", "--batches", "4")
+    for name in ("bare X[indices]", "DataLoader(TensorDataset)", "nanoGPT's get_batch", "scaletrain"):
+        assert f"| {name} |" in said
+
+
+def test_validation_is_measured_beside_a_raw_loop_with_the_same_figures():
+    said = run_benchmark("benchmarks.evaluating", "--rounds", "2", "--rows", "3001")
+    assert "| scaletrain validate |" in said

@@ -74,7 +74,10 @@ def test_the_run_folder_holds_what_ran_and_what_came_out(tmp_path):
     assert outcome["metrics"] == result.metrics
     assert (outcome["step"], outcome["best"]) == (25, result.best)
     assert json.loads((run / "exit.json").read_text()) == {"code": 0, "reason": "done"}
-    assert all(set(line) == {"step", "seconds", "examples_per_second"} for line in lines_of(run / "timing.jsonl"))
+    assert all(
+        set(line) == {"step", "seconds", "examples_per_second", "waiting_for_data"}
+        for line in lines_of(run / "timing.jsonl")
+    )
     for line in lines_of(run / "metrics.jsonl"):
         assert not {"seconds", "examples_per_second", "time"} & set(line)
 
@@ -285,3 +288,25 @@ def test_without_a_terminal_a_line_now_and_then(monkeypatch):
     monkeypatch.setattr(line, "_seconds", 0)
     line.show(2, 0.1, {"loss": 0.5, "lr": 1e-3})
     assert console.file.getvalue() == "step 2/100  epoch 0.1  loss 0.5000  lr 1.0e-03  \n"
+
+
+def test_tensorboard_holds_what_metrics_jsonl_holds_through_a_kill(tmp_path, capsys):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def end(run, info):
+        if info.step == 13 and not (tmp_path / "ended").exists():
+            (tmp_path / "ended").touch()
+            raise KeyboardInterrupt
+
+    recipe = replace(tiny.recipe, hooks=lambda cfg: [end])
+    argv = ["--max-steps", "20", "--checkpoint-every", "5", "--log-every", "1", "--track", "tensorboard"]
+    with pytest.raises(SystemExit):
+        main(recipe, [*argv, "--out", str(tmp_path / "run")])
+    main(recipe, [*argv, "--out", str(tmp_path / "run")])
+    assert "tracking with tensorboard --logdir run" in capsys.readouterr().out
+    found = EventAccumulator(str(tmp_path / "run/tensorboard"))
+    found.Reload()
+    told = [(event.step, event.value) for event in found.Scalars("loss")]
+    lines = [line for line in lines_of(tmp_path / "run/metrics.jsonl") if "loss" in line]
+    assert [step for step, _ in told] == [line["step"] for line in lines] == list(range(1, 21))
+    assert [value for _, value in told] == pytest.approx([line["loss"] for line in lines])
