@@ -184,11 +184,10 @@ def _columns(examples: Mapping[str, Any], split: str, classes: Sequence[str] | N
         raise InputError(f"the columns of {split} have different lengths: {lengths}")
     label = columns.get("label")
     if classes is not None and label is not None and not label.is_floating_point():
-        low, high = 0, 0
-        for start in range(0, len(label), 1 << 20):  # it may be a memory map
-            meant = label[start : start + (1 << 20)]
-            meant = meant[meant != IGNORED_LABEL]
-            low, high = (min(low, int(meant.min())), max(high, int(meant.max()))) if len(meant) else (low, high)
+        parts = (label[start : start + (1 << 20)] for start in range(0, len(label), 1 << 20))  # it may be a memory map
+        meant = (part[part != IGNORED_LABEL] for part in parts)
+        ends = [int(end) for part in meant if len(part) for end in (part.min(), part.max())]
+        low, high = min(ends, default=0), max(ends, default=0)
         if low < 0 or high >= len(classes):
             raise InputError(
                 f"{split} has labels from {low} to {high}, but there are {len(classes)} classes: "

@@ -92,12 +92,13 @@ CASES = {
     "unknown data": (
         replace(tiny.recipe, data=lambda cfg: load("digts")),
         [],
-        "unknown data 'digts'; built in are digits, iris, wine, breast_cancer",
+        "'digts' is neither built in (digits, iris, wine, breast_cancer, diabetes, stdlib) nor a file here, and the Hub "
+        "cannot be reached; did you mean 'digits'?",
     ),
     "a table asked for images": (
         replace(tiny.recipe, data=lambda cfg: load("wine", image_size=32)),
         [],
-        "'wine' is a table, not images; the built-in images are digits",
+        "'wine' has no images; the built-in images are digits",
     ),
     "a file that is missing": (replace(tiny.recipe, data=lambda cfg: open("no.csv")), [], "[Errno 2] No such file"),  # noqa: SIM115, PTH123
     "fp16 on a CPU": (tiny.recipe, ["--precision", "fp16"], "--precision fp16 does not train on cpu; use bf16 or fp32"),

@@ -1,10 +1,13 @@
 """The benchmarks of saving and resuming run, at tiny sizes, and what they prove on the way holds."""
 
 import multiprocessing.forkserver
+import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
+from launching import ROOT, launch
 
 from benchmarks import checkpoint_stall, kill_and_resume, resume_position, ways_to_save
 from benchmarks.children import GIB, in_child

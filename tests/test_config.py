@@ -85,8 +85,8 @@ def test_a_mistake_is_named_in_one_line_and_nothing_else_is_printed(args, capfd)
 def test_a_config_built_in_python_is_checked_as_well():
     with pytest.raises(InputError, match="--lr is 0"):
         replace(Config(), lr=0).check()
-    with pytest.raises(InputError, match="--track tensorboard: expected one of none, wandb"):
-        Config(track="tensorboard").check()
+    with pytest.raises(InputError, match="--track mlflow: expected one of none, wandb, tensorboard"):
+        Config(track="mlflow").check()
 
 
 def test_an_option_without_a_default_is_asked_for():

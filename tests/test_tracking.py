@@ -74,10 +74,8 @@ def test_the_run_folder_holds_what_ran_and_what_came_out(tmp_path):
     assert outcome["metrics"] == result.metrics
     assert (outcome["step"], outcome["best"]) == (25, result.best)
     assert json.loads((run / "exit.json").read_text()) == {"code": 0, "reason": "done"}
-    assert all(
-        set(line) == {"step", "seconds", "examples_per_second", "waiting_for_data"}
-        for line in lines_of(run / "timing.jsonl")
-    )
+    timing = {"step", "seconds", "examples_per_second", "waiting_for_data"}
+    assert all(set(line) == timing for line in lines_of(run / "timing.jsonl"))
     for line in lines_of(run / "metrics.jsonl"):
         assert not {"seconds", "examples_per_second", "time"} & set(line)
 

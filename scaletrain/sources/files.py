@@ -1,5 +1,6 @@
 """Tables, texts and folders through Hugging Face datasets: local, or from the Hub."""
 
+import difflib
 import os
 import socket
 from collections.abc import Callable
@@ -65,9 +66,10 @@ def download(name: str) -> Tables:
             raise
         from scaletrain.sources.builtin import NAMES
 
+        near = difflib.get_close_matches(name, NAMES, n=1)
+        hint = f"did you mean '{near[0]}'?" if near else "go online, or give the path of a local copy"
         raise InputError(
-            f"'{name}' is neither built in ({', '.join(NAMES)}) nor a file here, and the Hub cannot be reached; "
-            "check the name, or go online, or give the path of a local copy"
+            f"'{name}' is neither built in ({', '.join(NAMES)}) nor a file here, and the Hub cannot be reached; {hint}"
         ) from error
 
 
