@@ -74,12 +74,9 @@ def build_loaders(
     if is_stream(data.train):
         return _from_stream(recipe, cfg, data, devices, count, double=double), held_out
     reader = make_reader(data.train, recipe.collate, cfg.seed, double=double, skip=cfg.skip_bad > 0)
-    if (
-        isinstance(reader, ColumnReader)
-        and devices.device.type != "cpu"
-        and reader.n * reader.row_bytes <= RESIDENT_BYTES
-    ):
-        reader.columns = {name: column.to(devices.device) for name, column in reader.columns.items()}
+    small = isinstance(reader, ColumnReader) and reader.n * reader.row_bytes <= RESIDENT_BYTES
+    if isinstance(reader, ColumnReader) and small and devices.device.type != "cpu":
+        reader.move_to(devices.device)
     share = Share(_order(data, reader, cfg), cfg.batch_size, devices.rank, devices.world_size)
     workers = chosen_workers(reader, cfg.workers, devices.local_world_size)
     loader = Loader(reader, share, count, workers=workers, device=devices.device, most_bad=cfg.skip_bad)

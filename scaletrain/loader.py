@@ -98,7 +98,10 @@ class Loader:
         whole = self.micro_batches == 1
         while True:
             positions, indices = self.share.block(first, steps)
-            block = to_device(reader((positions.ravel(), indices.ravel())).batch, self.device)
+            block = reader((positions.ravel(), indices.ravel())).batch
+            if self.device.type == "cuda" and reader.device.type == "cpu":
+                block = {name: column.pin_memory() for name, column in block.items()}  # its copy is not waited for
+            block = to_device(block, self.device)
             columns = [column.view(steps, size, *column.shape[1:]).unbind() for column in block.values()]
             for rows in zip(*columns, strict=True):
                 batch = NamedColumns(zip(names, rows, strict=True))

@@ -61,7 +61,17 @@ class ColumnReader:
         indices = torch.from_numpy(request[1] if self.rows is None else self.rows(request[1]))
         if self._maps:
             self._let_go(len(indices))
+        indices = indices.to(self.device)
         return Read(NamedColumns({name: column.index_select(0, indices) for name, column in self.columns.items()}))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the columns are, and batches come from."""
+        return next(iter(self.columns.values())).device
+
+    def move_to(self, device: torch.device) -> None:
+        """Keep the columns on ``device``."""
+        self.columns = {name: column.to(device) for name, column in self.columns.items()}
 
     def _let_go(self, rows: int) -> None:
         """Give the pages of memory maps back now and then: each row read keeps 16 of them, though nobody wants them.

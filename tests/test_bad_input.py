@@ -92,8 +92,8 @@ CASES = {
     "unknown data": (
         replace(tiny.recipe, data=lambda cfg: load("digts")),
         [],
-        "'digts' is neither built in (digits, iris, wine, breast_cancer, diabetes, stdlib) nor a file here, and the Hub "
-        "cannot be reached; did you mean 'digits'?",
+        "'digts' is neither built in (digits, iris, wine, breast_cancer, diabetes, stdlib) nor a file here, and the "
+        "Hub cannot be reached; did you mean 'digits'?",
     ),
     "a table asked for images": (
         replace(tiny.recipe, data=lambda cfg: load("wine", image_size=32)),

@@ -288,3 +288,12 @@ def test_fifty_million_rows_in_a_memory_map_take_less_than_a_gigabyte():
         found = in_child("benchmarks.large_map", "--folder", folder, "--steps", 60)
     assert found["examples"] == 45_000_000
     assert found["peak"] < 1e9
+
+
+def test_columns_may_live_on_the_device():
+    reader = ColumnReader({"row": torch.arange(48), "x": torch.randn(48, 3)})
+    reader.move_to(torch.device("meta"))
+    batch, _ = reader((np.arange(5), np.arange(5)))
+    assert batch["x"].shape == (5, 3)
+    assert batch["x"].is_meta
+    assert reader.device.type == "meta"
