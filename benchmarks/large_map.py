@@ -3,7 +3,7 @@
     python -m benchmarks.large_map [--rows 50_000_000] [--out FILE]
 
 A .npy file of 16 float32 a row (3.2 GB) and one of labels, sparse on the disk; a small MLP, a tenth held out by
-``load``, 200 steps of 256 shuffled rows, a validation on 1,000 others. In a process of its own.
+``load``, 200 steps of 256 shuffled rows. In a process of its own.
 """
 
 import argparse

@@ -1,6 +1,7 @@
 """Build a run: from a recipe and a config to everything the loop touches."""
 
 import inspect
+import warnings
 from math import ceil
 from pathlib import Path
 
@@ -127,10 +128,10 @@ def check_monitor(run: Run) -> str:
     sums = Sums(run.devices.sums_in, run.devices.device, run.metric_objects)
     with run.evaluating():
         batch, counted = next(iter(run.held_out["val"]))
-        sums.add(run.evaluate(batch), length(batch), run.weight(batch), counted=counted > 0)
-    for metric in run.metric_objects.metrics.values():
-        metric.reset()
-    names = [f"val_{name}" for name in (*sums.names, *run.metric_objects.metrics)]
+        sums.add(run.evaluate(batch), length(batch), run.weight(batch, counted), counted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a batch may lack a class
+        names = [f"val_{name}" for name in (*sums.names, *run.metric_objects.values())]
     if cfg.monitored_metric not in names:
         raise InputError(
             f"--monitor {cfg.monitor}: evaluate does not return {cfg.monitored_metric}; it returns {', '.join(names)}"

@@ -93,7 +93,7 @@ def set_up(precision: str = "auto", threads: int | None = None) -> Devices:
     device_type = available_device()
     check_processes(device_type, launch)
     chosen = choose_precision(precision, device_type, os.environ.get("ACCELERATE_MIXED_PRECISION"), _gpu_has_bf16())
-    number = choose_threads(threads, os.environ, _cores(), launch) or torch.get_num_threads()
+    number = choose_threads(threads, os.environ, cores(), launch) or torch.get_num_threads()
     AcceleratorState._reset_state()  # a second run in the same process may choose another precision
     with _omp_num_threads(number):
         accelerator = Accelerator(cpu=device_type == "cpu", mixed_precision="no" if chosen == "fp32" else chosen)
@@ -246,6 +246,7 @@ def _gpu_has_bf16() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Return how many CPU cores this process may use."""
     affinity: Callable[[int], set[int]] | None = getattr(os, "sched_getaffinity", None)  # not on macOS
     return len(affinity(0)) if affinity else os.cpu_count() or 1

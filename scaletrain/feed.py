@@ -7,12 +7,12 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from scaletrain.agreement import first_then_others, gather_texts, together
+from scaletrain.agreement import first_then_others, gather_texts
 from scaletrain.config import Config
 from scaletrain.devices import Devices
 from scaletrain.errors import InputError
 from scaletrain.loader import HeldOut, Loader
-from scaletrain.order import Order, Sequential, Share, Shuffled, micro_batch_count, seed_for
+from scaletrain.order import Given, Order, Sequential, Share, Shuffled, Weighted, micro_batch_count
 from scaletrain.readers import ColumnReader, Reader, make_reader
 from scaletrain.recipe import Data, Recipe, fingerprint
 from scaletrain.sources.table import as_table
@@ -40,8 +40,9 @@ def load_data(recipe: Recipe, cfg: Config, devices: Devices) -> Data:
         return data
 
     data = first_then_others(load, devices.control)
-    for rank, other in enumerate(gather_texts(fingerprint(data), devices.control)):
-        if other != fingerprint(data):
+    own = fingerprint(data)
+    for rank, other in enumerate(gather_texts(own, devices.control)):
+        if other != own:
             raise InputError(
                 f"rank {rank} and rank {devices.rank} got different examples; data(cfg) must return the same on all"
             )
@@ -74,7 +75,7 @@ def build_loaders(
     if is_stream(data.train):
         return _from_stream(recipe, cfg, data, devices, count, double=double), held_out
     reader = make_reader(data.train, recipe.collate, cfg.seed, double=double, skip=cfg.skip_bad > 0)
-    small = isinstance(reader, ColumnReader) and reader.n * reader.row_bytes <= RESIDENT_BYTES
+    small = isinstance(reader, ColumnReader) and reader.nbytes <= RESIDENT_BYTES
     if isinstance(reader, ColumnReader) and small and devices.device.type != "cpu":
         reader.move_to(devices.device)
     share = Share(_order(data, reader, cfg), cfg.batch_size, devices.rank, devices.world_size)
@@ -97,11 +98,13 @@ def check_micro_batches(cfg: Config, module: nn.Module, devices: Devices) -> Non
 
 def _order(data: Data, reader: Reader, cfg: Config) -> Order:
     order = data.order or Shuffled(reader.n, cfg.seed)
-    shown = order(np.concatenate([np.arange(min(order.n, 4096)), [order.n - 1]]))
-    if len(shown) and not (shown.min() >= 0 and shown.max() < reader.n):
+    shown = order.indices if isinstance(order, Given) else order(np.array([0, order.n - 1]))
+    low, high = (int(shown.min()), int(shown.max())) if len(shown) else (0, 0)
+    if isinstance(order, Weighted) and order.n != reader.n:
+        raise InputError(f"the order has {order.n:,} weights, but there are {reader.n:,} examples")
+    if low < 0 or high >= reader.n:
         raise InputError(
-            f"the order asks for example {shown.max() if shown.max() >= reader.n else shown.min()}, but there are "
-            f"{reader.n:,}: 0 to {reader.n - 1:,}"
+            f"the order asks for example {low if low < 0 else high}, but there are {reader.n:,}: 0 to {reader.n - 1:,}"
         )
     return order
 
@@ -113,8 +116,8 @@ def _from_stream(
         raise InputError("the training data is a stream, which has no length; say --max-steps")
     if data.order is not None:
         raise InputError("the training data is a stream, which has an order of its own; leave Data(order=...) out")
-    part = together(lambda: shared_out(data.train, devices.rank, devices.world_size, devices.control), devices.control)
-    stream = Stream(part, data.shuffle_buffer, seed_for(cfg.seed, 6, devices.rank))
+    part = shared_out(data.train, devices.rank, devices.world_size, devices.control)
+    stream = Stream(part, data.shuffle_buffer, cfg.seed, devices.rank)
     share = Share(Sequential(1), cfg.batch_size, devices.rank, devices.world_size)
     workers = 1 if cfg.workers is None else cfg.workers
     return StreamLoader(

@@ -90,9 +90,4 @@ class Throughput:
         if self._told or self._seconds < JUDGED_SECONDS or share <= MOST_WAITING or run.loader.in_memory:
             return
         self._told = True
-        workers = run.loader.workers
-        more = f"--workers {2 * workers or 2} reads ahead in more processes (now {workers})"
-        run.tracking.warn(
-            f"training waits for data {share:.0%} of the time; {more}, and data that is read many rows at a time "
-            "(__getitems__, columns) is read faster; see docs/data.md"
-        )
+        run.tracking.warn(f"training waits for data {share:.0%} of the time; {run.loader.advice}; see docs/data.md")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from scaletrain.devices import copies_without_waiting
 from scaletrain.errors import InputError
-from scaletrain.order import Share, micro_batch_count, split
+from scaletrain.order import Indices, Share, micro_batch_count, split
 from scaletrain.readers import ColumnReader, NamedColumns, Read, Reader, Request
 from scaletrain.recipe import Batch
 from scaletrain.workers import read_ahead
@@ -59,7 +59,17 @@ class Loader:
     @property
     def in_memory(self) -> bool:
         """Whether batches are gathered from memory, where nobody waits for a disk or a worker."""
-        return isinstance(self.reader, ColumnReader)
+        return isinstance(self.reader, ColumnReader) and self.reader.in_memory
+
+    @property
+    def advice(self) -> str:
+        """What to change when training waits for data."""
+        if isinstance(self.reader, ColumnReader):
+            return "put the memory maps on a faster disk, or into memory"
+        return (
+            f"--workers {2 * self.workers or 2} reads ahead in more processes (now {self.workers}), and data that is "
+            "read many rows at a time (__getitems__, columns) is read faster"
+        )
 
     @property
     def examples(self) -> int:
@@ -157,12 +167,17 @@ class HeldOut:
         self.batches = micro_batch_count(reader.n, world_size, batch_size)
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        starts = [self.part.start + k * self.batch_size for k in range(self.batches)]
-        ranges = [np.arange(start, min(start + self.batch_size, self.part.stop)) for start in starts]
-        wanted = [indices if len(indices) else np.array([0]) for indices in ranges]
-        answers = read_ahead(self.reader, ((indices, indices) for indices in wanted), self.workers, self.device)
-        for answer, indices in zip(answers, ranges, strict=True):
-            yield MicroBatch(to_device(answer.batch, self.device), len(indices))
+        requests = ((indices, indices) for indices in map(self._indices, range(self.batches)))
+        answers = read_ahead(self.reader, requests, self.workers, self.device)
+        for k, answer in enumerate(answers):
+            counted = min(self.batch_size, max(0, self.part.stop - self.part.start - k * self.batch_size))
+            yield MicroBatch(to_device(answer.batch, self.device), counted)
+
+    def _indices(self, k: int) -> Indices:
+        """Return what the ``k``-th micro-batch reads: an example of another process where there are no more."""
+        start = self.part.start + k * self.batch_size
+        stop = min(start + self.batch_size, self.part.stop)
+        return np.arange(start, stop) if start < stop else np.array([0])
 
 
 def length(batch: Batch) -> int:

@@ -76,6 +76,6 @@ def validate(run: Run, split: str = "val") -> dict[str, float]:
     sums = Sums(run.devices.sums_in, run.devices.device, run.metric_objects)
     with run.evaluating():
         for batch, counted in run.held_out[split]:
-            sums.add(run.evaluate(batch), length(batch), run.weight(batch), counted=counted > 0)
+            sums.add(run.evaluate(batch), length(batch), run.weight(batch, counted), counted)
     metrics = sums.means(run.devices.sum, expected=run.held_out[split].reader.n)
     return run.measured(split, metrics)

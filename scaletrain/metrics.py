@@ -109,24 +109,24 @@ class Sums:
         self._totals: dict[str, Tensor] = {}  # name -> (2,) sum, count
         self.examples = 0
 
-    def add(self, values: dict[str, Any], examples: int, weight: Tensor | float, *, counted: bool) -> None:
-        """Add one batch of ``examples``: per-example values (B,), 0-d means over ``weight``, or (sum, count).
+    def add(self, values: dict[str, Any], rows: int, weight: Tensor | float, counted: int) -> None:
+        """Add one batch of ``counted`` examples: per-row values (rows,), 0-d means over ``weight``, or (sum, count).
 
-        With ``counted`` False only the names are noted: the batch repeats examples to keep step with others.
+        With ``counted`` 0 only the names are noted: the batch repeats an example to keep step with others.
         """
         if not isinstance(values, dict):
             raise InputError(f"evaluate returned a {type(values).__name__}; return a dict of named figures")
         if self.objects is not None:
-            self.objects.add(values.get(OUTPUTS), counted=counted)
+            self.objects.add(values.get(OUTPUTS), counted=counted > 0)
         for name, value in values.items():
             if name == OUTPUTS:
                 continue
-            total, count = self._sum_and_count(name, value, examples, weight)
+            total, count = self._sum_and_count(name, value, rows, weight)
             pair = torch.stack([self._scalar(total), self._scalar(count)])
             if not counted:
                 pair = torch.zeros_like(pair)
             self._totals[name] = self._totals[name] + pair if name in self._totals else pair
-        self.examples += examples if counted else 0
+        self.examples += counted
 
     @property
     def names(self) -> list[str]:
@@ -150,17 +150,16 @@ class Sums:
     def _scalar(self, value: Tensor | float) -> Tensor:
         return torch.as_tensor(value, dtype=self.dtype, device=self.device).detach()
 
-    def _sum_and_count(
-        self, name: str, value: Any, examples: int, weight: Tensor | float
-    ) -> tuple[Tensor, Tensor | float]:
+    def _sum_and_count(self, name: str, value: Any, rows: int, weight: Tensor | float) -> tuple[Tensor, Tensor | float]:
         if isinstance(value, tuple) and len(value) == 2:
             return torch.as_tensor(value[0]), value[1]
         if isinstance(value, Tensor) and value.ndim == 0:
-            return value.to(self.dtype) * weight, weight
-        if isinstance(value, Tensor) and value.shape == (examples,):
-            return value.sum(dtype=self.dtype), float(examples)
+            total = value.to(self.dtype) * weight
+            return torch.where(torch.as_tensor(weight, device=value.device) > 0, total, 0), weight  # 0 * NaN is NaN
+        if isinstance(value, Tensor) and value.shape == (rows,):
+            return value.sum(dtype=self.dtype), float(rows)
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise InputError(
-            f"evaluate returned {got} for '{name}' on a batch of {examples}; "
-            f"return one value per example ({examples},), a 0-d mean, or a pair (sum, count)"
+            f"evaluate returned {got} for '{name}' on a batch of {rows}; "
+            f"return one value per example ({rows},), a 0-d mean, or a pair (sum, count)"
         )

@@ -23,10 +23,12 @@ from scaletrain.feed import load_data, seed_everything
 from scaletrain.loader import HeldOut, length
 from scaletrain.metrics import OUTPUTS
 from scaletrain.readers import make_reader
-from scaletrain.recipe import Batch, Recipe
+from scaletrain.recipe import Batch, Part, Recipe
 from scaletrain.workers import chosen_workers
 
 KINDS = (".parquet", ".npz")
+ROW_GROUP = 65_536
+"""Rows of a Parquet file that are written together."""
 Rows = dict[str, Tensor]
 
 
@@ -60,7 +62,13 @@ def predict(
         cfg = replace(cfg, **options)
     devices = set_up(cfg.precision, cfg.threads)
     loaded = load_data(recipe, cfg, devices)
-    loaded.classes = saved_classes(weights) or loaded.classes
+    known = saved_classes(weights)
+    if recipe.predict is None and known and loaded.classes and list(map(str, loaded.classes)) != known:
+        raise InputError(
+            f"the data has the classes {', '.join(map(str, loaded.classes))}, the weights were trained on "
+            f"{', '.join(known)}: what evaluate says of labels would be wrong; give the recipe a predict"
+        )
+    loaded.classes = known or loaded.classes
     examples = getattr(loaded, split or "train") if split or data else loaded.test or loaded.val or loaded.train
     if examples is None:
         raise InputError(f"the data has no split '{split}'")
@@ -71,13 +79,15 @@ def predict(
     reader = make_reader(examples, recipe.collate, cfg.seed, double=double)
     share = HeldOut(
         reader,
-        cfg.micro_batch_size or cfg.batch_size,
+        cfg.micro_batch_size or -(-cfg.batch_size // devices.world_size),
         devices.rank,
         devices.world_size,
         workers=chosen_workers(reader, cfg.workers, devices.local_world_size),
         device=devices.device,
     )
     batches = _predicted(recipe, cfg, module, share, devices)
+    if isinstance(examples, Part):
+        batches = _with_rows(batches, examples, share)
     return _together(batches, devices) if target is None else _written(batches, target, devices)
 
 
@@ -122,13 +132,19 @@ def _predicted(recipe: Recipe, cfg: Config, module: nn.Module, share: HeldOut, d
         with torch.inference_mode(), devices.autocast():
             found = _columns(recipe, cfg, module, batch)
         for name, column in found.items():
-            if not isinstance(column, Tensor) or column.ndim == 0 or len(column) != length(batch):
+            if not isinstance(column, Tensor) or column.ndim == 0 or len(column) != (counted or 1):
                 got = tuple(column.shape) if isinstance(column, Tensor) else type(column).__name__
-                raise InputError(
-                    f"predict returned {got} for '{name}' on {length(batch)} examples; return a row for each"
-                )
-        rows = length(batch) if counted else 0
-        yield {name: _plain(column[:rows]) for name, column in found.items()}
+                raise InputError(f"predict returned {got} for '{name}' on {counted or 1} examples; return one row each")
+        yield {name: _plain(column[:counted]) for name, column in found.items()}
+
+
+def _with_rows(batches: Iterator[Rows], part: Part, share: HeldOut) -> Iterator[Rows]:
+    """Add which row of the whole data set each is: a held-out part has an order of its own."""
+    at = share.part.start
+    for batch in batches:
+        n = len(next(iter(batch.values())))
+        yield {"row": torch.from_numpy(part.rows(np.arange(at, at + n))), **batch}
+        at += n
 
 
 def _columns(recipe: Recipe, cfg: Config, module: nn.Module, batch: Batch) -> Rows:
@@ -154,7 +170,7 @@ def _plain(column: Tensor) -> Tensor:
 
 
 def _together(batches: Iterator[Rows], devices: Devices) -> dict[str, NDArray[Any]]:
-    parts = list(batches)
+    parts = together(lambda: list(batches), devices.control)
     own = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     return {name: torch.cat(gather_tensors(column, devices.control)).numpy() for name, column in own.items()}
 
@@ -175,12 +191,16 @@ def _write_part(batches: Iterator[Rows], path: Path) -> None:
     import pyarrow.parquet as pq
 
     writer = None
+    waiting: list[Any] = []
     for batch in batches:
-        table = pa.table({name: _arrow(column.numpy()) for name, column in batch.items()})
-        writer = writer or pq.ParquetWriter(path, table.schema)
-        if len(table):
-            writer.write_table(table)
+        waiting.append(pa.table({name: _arrow(column.numpy()) for name, column in batch.items()}))
+        writer = writer or pq.ParquetWriter(path, waiting[0].schema)
+        if sum(map(len, waiting)) >= ROW_GROUP:
+            writer.write_table(pa.concat_tables(waiting))
+            waiting.clear()
     if writer is not None:
+        if waiting:
+            writer.write_table(pa.concat_tables(waiting))
         writer.close()
 
 

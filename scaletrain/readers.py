@@ -49,8 +49,12 @@ class Read(NamedTuple):
 class ColumnReader:
     """Read batches from columns in memory, or mapped into it: one gather per column."""
 
-    def __init__(self, columns: Columns, rows: Order | None = None, n: int | None = None) -> None:
+    def __init__(
+        self, columns: Columns, rows: Order | None = None, n: int | None = None, *, double: bool = False
+    ) -> None:
+        """float64 becomes float32 unless ``double``, and labels int64, a batch at a time: a map stays a map."""
         self.columns, self.rows = columns, rows
+        self._kinds = {name: _kind(name, column, double) for name, column in columns.items()}
         large = [column for column in columns.values() if column.nbytes > KEPT_BYTES]
         self._maps = [getattr(column, MAPPED) for column in large if hasattr(column, MAPPED)]
         self._touched_bytes = 0
@@ -62,12 +66,23 @@ class ColumnReader:
         if self._maps:
             self._let_go(len(indices))
         indices = indices.to(self.device)
-        return Read(NamedColumns({name: column.index_select(0, indices) for name, column in self.columns.items()}))
+        found = {name: column.index_select(0, indices) for name, column in self.columns.items()}
+        return Read(NamedColumns({name: column.to(self._kinds[name]) for name, column in found.items()}))
 
     @property
     def device(self) -> torch.device:
         """Where the columns are, and batches come from."""
         return next(iter(self.columns.values())).device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the columns, whichever rows are read."""
+        return sum(column.nbytes for column in self.columns.values())
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether nobody waits for a disk: the columns are no large memory maps."""
+        return not self._maps
 
     def move_to(self, device: torch.device) -> None:
         """Keep the columns on ``device``."""
@@ -135,7 +150,7 @@ class BatchReader:
             return self.dataset.__getitems__(rows)
         before = _random_states()
         found = self.dataset.__getitems__(rows)
-        if _random_states() != before:
+        if _drew(before):
             raise InputError(
                 f"{type(self.dataset).__name__}.__getitems__ draws random numbers, so its examples would depend on the "
                 "number of processes; draw them in __getitem__ (without __getitems__), or in the recipe's augment"
@@ -174,7 +189,11 @@ class ExampleReader:
     def __call__(self, request: Request) -> Read:
         bad: list[Bad] = []
         examples = [self._example(int(p), int(i), bad) for p, i in zip(*request, strict=True)]
-        batch = self.collate(examples)
+        try:
+            batch = self.collate(examples)
+        except (RuntimeError, TypeError, KeyError) as error:
+            what = f"the examples {', '.join(map(str, request[1][:8].tolist()))} make no batch: {_reason(error)}"
+            raise InputError(f"{what}; give the recipe a collate that pads or packs them") from error
         return Read(batch if self.double else narrow(batch), tuple(bad))
 
     __getitem__ = __call__  # DataLoader asks this way
@@ -201,10 +220,24 @@ def make_reader(examples: Any, collate: Collate | None, seed: int, *, double: bo
     if isinstance(examples, Part):
         whole, rows, n = examples.whole, examples.rows, examples.n
     if isinstance(whole, Mapping):
-        columns = ColumnReader(dict(whole) if double else narrow(whole), rows, n)
+        columns = ColumnReader(dict(whole), rows, n, double=double)
         return columns if collate is None else BatchReader(_Rows(columns), collate, double=double)
-    reader = BatchReader if hasattr(whole, "__getitems__") else ExampleReader
+    many = hasattr(whole, "__getitems__") and not (hasattr(whole, "__getitem__") and _is_random(whole))
+    reader = BatchReader if many else ExampleReader
     return reader(whole, collate, rows, n, seed=seed, double=double, skip=skip)
+
+
+def _is_random(dataset: Any) -> bool:
+    """Whether reading an example draws random numbers, which is to depend on its position alone."""
+    before = _random_states()
+    try:
+        dataset.__getitems__([0])
+    except Exception:  # it will be met again
+        return False
+    finally:
+        drawn = _drew(before)
+        _set_random_states(before)
+    return drawn
 
 
 class _Rows:
@@ -261,6 +294,13 @@ def _reason(error: Exception) -> str:
     return f"{type(error).__name__}: {first[:200]}{where}"
 
 
+def _kind(name: str, column: Tensor, double: bool) -> torch.dtype:
+    if column.dtype == torch.float64 and not double:
+        return torch.float32
+    whole = not column.is_floating_point() and not column.is_complex() and column.dtype != torch.bool
+    return torch.int64 if name == "label" and whole else column.dtype
+
+
 def seed_all(seed: int) -> None:
     """Seed the global generators of torch on the CPU, NumPy and Python."""
     torch.default_generator.manual_seed(seed)
@@ -281,4 +321,16 @@ def narrow(batch: Batch) -> Batch:
 
 
 def _random_states() -> tuple[Any, ...]:
-    return torch.default_generator.get_state().numpy().tobytes(), random.getstate(), str(np.random.get_state())
+    return torch.default_generator.get_state(), random.getstate(), np.random.get_state()
+
+
+def _drew(before: tuple[Any, ...]) -> bool:
+    """Whether somebody has drawn from a global generator since ``before``."""
+    now = _random_states()
+    return not torch.equal(now[0], before[0]) or now[1] != before[1] or str(now[2]) != str(before[2])
+
+
+def _set_random_states(states: tuple[Any, ...]) -> None:
+    torch.default_generator.set_state(states[0])
+    random.setstate(states[1])
+    np.random.set_state(states[2])

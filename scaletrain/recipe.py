@@ -88,8 +88,27 @@ class Data:
                 )
             elif examples is not None and hasattr(examples, "__len__") and len(examples) == 0:
                 raise InputError(f"{split} is empty; it needs at least one example")
+        if self.shuffle_buffer < 1:
+            raise InputError(f"shuffle_buffer is {self.shuffle_buffer}; it is a number of examples, at least 1")
+        if hasattr(self.train, "__next__"):
+            raise InputError("train is an iterator, which can be read once; give an IterableDataset")
         if self.train is None:
             raise InputError("train is None; a recipe learns from something")
+
+    def sample(self, most: int = 10_000) -> Columns:
+        """Return up to ``most`` training examples as columns, evenly spaced: to scale by, or to see what there is."""
+        n = len(next(iter(self.train.values()))) if isinstance(self.train, Mapping) else len(self.train)
+        places = np.linspace(0, n - 1, min(n, most)).astype(np.int64)
+        whole = self.train.whole if isinstance(self.train, Part) else self.train
+        rows = self.train.rows(places) if isinstance(self.train, Part) else places
+        if isinstance(whole, Mapping):
+            return {name: column[torch.from_numpy(rows)] for name, column in whole.items()}
+        from torch.utils.data import default_collate
+
+        many = hasattr(whole, "__getitems__")
+        found: Any = whole.__getitems__(rows.tolist()) if many else [whole[int(i)] for i in rows]
+        collated: Columns = default_collate(found) if isinstance(found, list) else dict(found)
+        return collated
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,8 +179,12 @@ def _digest(examples: Any, digest: "hashlib._Hash") -> None:
             sample = column[rows].contiguous()
             digest.update(sample.view(torch.uint8).numpy().tobytes())
     else:
+        if isinstance(examples, list):
+            some = [examples[i] for i in np.linspace(0, len(examples) - 1, 64).astype(int)]
+            digest.update(repr(some).encode())
         known, length = getattr(examples, "fingerprint", None), len(examples) if hasattr(examples, "__len__") else None
-        digest.update(f" {length} {known() if callable(known) else ''}".encode())
+        known = known() if callable(known) else getattr(examples, "_fingerprint", "")  # the latter of datasets
+        digest.update(f" {length} {known}".encode())
 
 
 def unmet(expect: Mapping[str, str] | None, metrics: Mapping[str, float]) -> list[str]:

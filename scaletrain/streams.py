@@ -2,9 +2,10 @@
 
 import copy
 import hashlib
+import json
 import time
 from collections.abc import Iterator
-from itertools import chain, islice
+from itertools import chain, combinations, islice
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,13 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
-from scaletrain.agreement import gather_texts
+from scaletrain import workers
+from scaletrain.agreement import gather_texts, together
 from scaletrain.errors import InputError
 from scaletrain.loader import MicroBatch, to_device
 from scaletrain.order import Share, seed_for, seeds_for, split
-from scaletrain.readers import Collate, narrow, seed_all
-from scaletrain.workers import TIMEOUT_SECONDS, answers_of, as_is, leave_signals
+from scaletrain.readers import Collate, narrow, seed_all, unreadable
+from scaletrain.workers import Failure, answers_of, as_is, leave_signals, worker_is_lost
 
 COMPARED = 8
 """Examples by which the processes find out whether they read the same."""
@@ -37,27 +39,28 @@ class Stream:
     window). So all there is to a shuffle's state is where its window begins and how much of it has been handed out.
     """
 
-    def __init__(self, dataset: Any, window: int, seed: int) -> None:
+    def __init__(self, dataset: Any, window: int, seed: int, rank: int = 0) -> None:
         """``dataset`` is an IterableDataset; one with ``state_dict`` goes on at once, another reads again what it has.
 
         ``window`` examples are shuffled together; 1 leaves the order as it is.
         """
-        self._dataset, self.window, self._seed = dataset, window, seed
+        self._dataset, self.window, self._seed, self._rank = dataset, window, seed, rank
         self.state: dict[str, Any] = dict(NEW)
         """Where the next example comes from; ``source`` is what the dataset itself says."""
 
     def __iter__(self) -> Iterator[Any]:
         number, taken, done = self.state["window"], self.state["taken"], self.state["pass"]
-        source, read = self._open(done, self.state["source"], self.state["read"]), self.state["read"]
-        examples = iter(source)
+        source, read = self._open(done, self.state["source"]), self.state["read"]
+        examples = self._draw(source, done, read if self.state["source"] is not None else 0)
         if self.state["source"] is None:
             for _ in islice(examples, read):
                 continue
         while True:
             begin = {"pass": done, "read": read, "source": _state_of(source), "window": number}
-            rows = list(self._draw(examples, done, read))
+            rows = list(islice(examples, self.window))
             read += len(rows)
-            for k in np.argsort(seeds_for(seed_for(self._seed, 7, number), np.arange(len(rows))))[taken:]:
+            keys = seeds_for(seed_for(self._seed, 7, self._rank, number), np.arange(len(rows)))
+            for k in np.argsort(keys)[taken:]:
                 taken += 1
                 self.state = {**begin, "taken": taken}
                 yield rows[k if self.window > 1 else taken - 1]
@@ -66,19 +69,26 @@ class Stream:
                 if read == 0:
                     raise InputError("the stream of training examples is empty; it needs at least one")
                 done, read = done + 1, 0
-                source = self._open(done, None, 0)
-                examples = iter(source)
+                source = self._open(done, None)
+                examples = self._draw(source, done, 0)
 
-    def _draw(self, examples: Iterator[Any], done: int, read: int) -> Iterator[Any]:
-        """Read a window; what is random in reading depends on the seed and the example's place alone."""
-        for i in range(self.window):
-            seed_all(seed_for(self._seed, 2, done, read + i))
-            try:
-                yield next(examples)
-            except StopIteration:
-                return
+    def _draw(self, source: Any, done: int, read: int) -> Iterator[Any]:
+        """Read on; what is random in reading depends on the seed, the rank and the example's place alone.
 
-    def _open(self, done: int, source: Any, read: int) -> Any:
+        Where a pass begins it does not depend on the rank: files that are shuffled then are so alike everywhere.
+        """
+        seed_all(seed_for(self._seed, 2, done, self._rank, read) if read else seed_for(self._seed, 2, done))
+        try:
+            for example in iter(source):
+                yield example
+                read += 1
+                seed_all(seed_for(self._seed, 2, done, self._rank, read))
+        except InputError:
+            raise
+        except Exception as error:
+            raise unreadable(error, f"example {read} of pass {done} of the stream", [read]) from error
+
+    def _open(self, done: int, source: Any) -> Any:
         dataset = copy.copy(self._dataset)
         if hasattr(dataset, "set_epoch"):
             dataset.set_epoch(done)
@@ -118,26 +128,43 @@ class StreamLoader:
         """Say how the stream is divided and shuffled, which cannot change when a run goes on."""
         return f"a stream for {self.share.world_size} processes, shuffled {self.stream.window} at a time"
 
+    @property
+    def advice(self) -> str:
+        """What to change when training waits for data."""
+        ahead = "" if self.workers else "--workers 1 reads ahead in a process of its own; "
+        return f"{ahead}a stream is read by one process: files in Parquet are read by several, many rows at a time"
+
     def steps(self, first: int) -> Iterator[list[MicroBatch]]:
-        """Yield each step's micro-batches from where the stream stands; ``first`` is known to it."""
-        source: Any = _Steps(self)
-        if self.workers:
-            source = DataLoader(
-                source,
-                batch_size=None,
-                collate_fn=as_is,
-                num_workers=1,
-                timeout=TIMEOUT_SECONDS,
-                pin_memory=self.device.type == "cuda",
-                worker_init_fn=leave_signals,
-                generator=torch.Generator(),
-            )
-        found = answers_of(source) if self.workers else iter(source)
+        """Yield each step's micro-batches from where the stream stands; ``first`` is known to it.
+
+        A worker that dies or hangs is replaced once: the stream goes on after the last step that was handed out.
+        """
+        try:
+            yield from self._steps()
+        except (RuntimeError, OSError, EOFError) as error:
+            if not self.workers or not worker_is_lost(error):
+                raise
+            yield from self._steps()
+
+    def _steps(self) -> Iterator[list[MicroBatch]]:
+        found = answers_of(self._loader()) if self.workers else iter(_Steps(self))
         while True:
             started = time.perf_counter()
             batches, self.state = next(found)
             self.waited_seconds += time.perf_counter() - started
             yield [MicroBatch(to_device(b, self.device), n) for b, n in zip(batches, self._counted, strict=True)]
+
+    def _loader(self) -> DataLoader[Any]:
+        return DataLoader(
+            _Steps(self, careful=True),
+            batch_size=None,
+            collate_fn=as_is,
+            num_workers=1,
+            timeout=workers.TIMEOUT_SECONDS,
+            pin_memory=self.device.type == "cuda",
+            worker_init_fn=leave_signals,
+            generator=torch.Generator(),
+        )
 
     def first(self) -> list[MicroBatch]:
         """Return a step's micro-batches without moving on."""
@@ -155,41 +182,59 @@ class StreamLoader:
 
 
 class _Steps(IterableDataset[Any]):
-    """Steps with the state after each, here or in a worker."""
+    """Steps with the state after each, here or in a worker; ``careful`` answers with a Failure instead of raising."""
 
-    def __init__(self, loader: StreamLoader) -> None:
-        self.loader = loader
+    def __init__(self, loader: StreamLoader, *, careful: bool = False) -> None:
+        self.loader, self.careful = loader, careful
 
-    def __iter__(self) -> Iterator[tuple[list[Any], dict[str, Any]]]:
+    def __iter__(self) -> Iterator[Any]:
         examples = iter(self.loader.stream)
         while True:
-            yield self.loader.read_step(examples), self.loader.stream.state
+            try:
+                step = self.loader.read_step(examples), self.loader.stream.state
+            except InputError as error:
+                if not self.careful:
+                    raise
+                yield Failure(str(error))
+                return
+            yield step
 
 
 def shared_out(dataset: Any, rank: int, world_size: int, group: dist.ProcessGroup | None) -> Any:
     """Return this process's part of a stream: whole shards where it has enough of them, else every W-th example.
 
-    A stream that is divided already stays as it is. Raises InputError where two processes would read the same. Every
-    rank must reach this line.
+    A stream of which every process already sees other examples stays as it is. Raises InputError where two processes
+    would read the same. Every rank must reach this line.
     """
-    _check(dataset)
+    together(lambda: _check(dataset), group)
     if world_size == 1:
         return dataset
-    if len(set(gather_texts(_sample(dataset), group))) > 1:
+    seen = _samples(dataset, group)
+    if not _alike(seen):
         return dataset
     if type(dataset).__module__.startswith("datasets."):
         from datasets.distributed import split_dataset_by_node
 
         part = split_dataset_by_node(dataset, rank, world_size)
-    elif hasattr(dataset, "shard") and hasattr(dataset, "num_shards") and dataset.num_shards % world_size == 0:
+    elif hasattr(dataset, "shard") and getattr(dataset, "num_shards", 0) >= world_size:
         part = dataset.shard(num_shards=world_size, index=rank)
     else:
         part = EveryNth(dataset, rank, world_size)
-    seen = gather_texts(_sample(part), group)
-    for other in range(world_size):
-        if other != rank and seen[other] == seen[rank]:
-            raise InputError(f"ranks {min(rank, other)} and {max(rank, other)} read the same examples of the stream")
+    if pairs := _alike(_samples(part, group)):
+        raise InputError(f"ranks {pairs[0][0]} and {pairs[0][1]} read the same examples of the stream")
     return part
+
+
+def _samples(dataset: Any, group: dist.ProcessGroup | None) -> list[set[str]]:
+    """Return hashes of the first few examples that each process sees. Every rank must reach this line."""
+    own = together(lambda: _sample(dataset), group)
+    return [set(json.loads(text)) for text in gather_texts(json.dumps(own), group)]
+
+
+def _alike(seen: list[set[str]]) -> list[tuple[int, int]]:
+    """Return the pairs of processes that see mostly the same; a few alike may lie in the data."""
+    pairs = combinations(range(len(seen)), 2)
+    return [(a, b) for a, b in pairs if 2 * len(seen[a] & seen[b]) > min(len(seen[a]), len(seen[b]))]
 
 
 class EveryNth:
@@ -219,11 +264,11 @@ def _state_of(dataset: Any) -> Any:
     return dataset.state_dict() if hasattr(dataset, "state_dict") else None
 
 
-def _sample(dataset: Any) -> str:
-    """Hash the first few examples."""
-    digest = hashlib.sha256()
+def _sample(dataset: Any) -> list[str]:
+    """Hash each of the first few examples."""
     seed_all(0)
+    found = []
     for example in islice(iter(copy.copy(dataset)), COMPARED):
-        for leaf in chain.from_iterable(example.items()) if isinstance(example, dict) else [example]:
-            digest.update(repr(leaf).encode())
-    return digest.hexdigest()
+        leaves = chain.from_iterable(example.items()) if isinstance(example, dict) else [example]
+        found.append(hashlib.sha256(repr(list(leaves)).encode()).hexdigest()[:16])
+    return found

@@ -1,6 +1,5 @@
 """Reading ahead in processes of its own, and what becomes of one that dies or hangs."""
 
-import os
 import signal
 import sys
 import threading
@@ -13,6 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch.utils.data import DataLoader
 
+from scaletrain.devices import cores
 from scaletrain.errors import InputError
 from scaletrain.readers import ColumnReader, Read, Reader, Request
 from scaletrain.signals import obey_parent_alone
@@ -26,7 +26,7 @@ def chosen_workers(reader: Reader, asked: int | None, local_world_size: int) -> 
     """Return how many processes read for this one: none for data in memory, else up to 4 of the machine's cores."""
     if isinstance(reader, ColumnReader):
         return 0
-    return asked if asked is not None else max(0, min(4, (os.cpu_count() or 1) // local_world_size - 1))
+    return asked if asked is not None else max(0, min(4, cores() // local_world_size - 1))
 
 
 def read_ahead(reader: Reader, requests: Iterable[Request], workers: int, device: torch.device) -> Iterator[Read]:
@@ -42,11 +42,9 @@ def read_ahead(reader: Reader, requests: Iterable[Request], workers: int, device
     rest = iter(requests)
     try:
         yield from _answers(reader, rest, waiting, workers, device)
-    except (RuntimeError, OSError, EOFError) as error:  # readers raise InputError: these are of the way from a worker
-        why = str(error).splitlines()[0] if isinstance(error, RuntimeError) else "DataLoader worker exited unexpectedly"
-        if not why.startswith("DataLoader"):  # torch's word for a worker that died or hung
+    except (RuntimeError, OSError, EOFError) as error:
+        if not worker_is_lost(error):
             raise
-        sys.stderr.write(f"warning: {why}; the workers are started again, once\n")
         yield from _answers(reader, chain(list(waiting), rest), deque(), workers, device)
 
 
@@ -76,12 +74,10 @@ def _answers(
     """Answer ``requests``; ``waiting`` holds those that have been handed to workers and are not answered yet."""
     for answer in answers_of(_loader(reader, _noted(requests, waiting), workers, device)):
         waiting.popleft()
-        if isinstance(answer, Failure):
-            raise InputError(answer.message)
         yield answer
 
 
-class Waiting:
+class _Waiting:
     """While it is entered, a worker that dies raises RuntimeError; at other times that waits until it is entered.
 
     Torch's own handler of SIGCHLD raises wherever training is when a worker dies, which nobody could mend.
@@ -90,11 +86,14 @@ class Waiting:
     def __init__(self) -> None:
         self._inside = self._died = False
         self._raise: Any = None
+
+    def install(self) -> None:
+        """Take the place of torch's handler, which is there once a first DataLoader has started workers."""
         if threading.current_thread() is threading.main_thread() and hasattr(signal, "SIGCHLD"):
-            found: Any = signal.getsignal(signal.SIGCHLD)  # torch's, which it sets once, or an earlier one of ours
-            before = getattr(found, "__self__", None)
-            self._raise = before._raise if isinstance(before, Waiting) else found
-            signal.signal(signal.SIGCHLD, self._note)
+            found = signal.getsignal(signal.SIGCHLD)
+            if found != self._note:
+                self._raise = found
+                signal.signal(signal.SIGCHLD, self._note)
 
     def __enter__(self) -> None:
         self._inside = True
@@ -112,17 +111,34 @@ class Waiting:
             self._raise(number, frame)
 
 
+_WAITING = _Waiting()
+
+
 def answers_of(loader: DataLoader[Any]) -> Iterator[Any]:
-    """Start the workers and yield what they read. Raises RuntimeError, here alone, when one of them dies or hangs."""
+    """Start the workers and yield what they read. Raises RuntimeError, here alone, when one of them dies or hangs.
+
+    Raises InputError for a Failure among the answers.
+    """
     answers = iter(loader)
-    waiting = Waiting()
+    _WAITING.install()
     while True:
-        with waiting:
+        with _WAITING:
             try:
                 answer = next(answers)
             except StopIteration:
                 return
+        if isinstance(answer, Failure):
+            raise InputError(answer.message)
         yield answer
+
+
+def worker_is_lost(error: Exception) -> bool:
+    """Say so, once, if ``error`` means that a worker died or hung; readers raise InputError alone."""
+    why = str(error).splitlines()[0] if isinstance(error, RuntimeError) else "DataLoader worker exited unexpectedly"
+    if not why.startswith("DataLoader"):  # torch's word for both
+        return False
+    sys.stderr.write(f"warning: {why}; the workers are started again, once\n")
+    return True
 
 
 def _noted(requests: Iterator[Request], waiting: "deque[Request]") -> Iterator[Request]:

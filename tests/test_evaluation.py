@@ -138,3 +138,33 @@ def test_perplexity_is_the_exponential_of_the_mean_loss(tmp_path):
     run = start(replace(recipe, metrics=objects, evaluate=outputs), tiny.TinyConfig(max_steps=1, out=str(tmp_path)))
     found = validate(run)
     assert found["val_perplexity"] == pytest.approx(np.exp(found["val_loss"]), rel=1e-5)
+
+
+def test_a_collate_that_packs_counts_its_examples_and_a_batch_of_no_weight_nothing(tmp_path):
+    sequences = [torch.full((1 + i % 4,), float(i % 2)) for i in range(20)]
+
+    def pack(rows):
+        return {"x": torch.cat(rows)[None], "counts": torch.ones(1, sum(map(len, rows)))}  # (1, total)
+
+    def weight(batch):
+        return batch["counts"].sum() * (batch["x"].sum() > 0)
+
+    def loss(model, batch, cfg):
+        return model(batch["x"].flatten()[:, None]).mean() + torch.where(batch["x"].sum() > 0, 0.0, torch.nan)
+
+    packed = replace(
+        tiny.recipe, data=lambda cfg: Data(sequences, [sequences[0] * 0, *sequences]), collate=pack, weight=weight,
+        loss=loss, evaluate=None, model=lambda cfg, data: torch.nn.Linear(1, 1),
+    )  # fmt: skip
+    cfg = tiny.TinyConfig(max_steps=1, batch_size=4, micro_batch_size=1, workers=0, out=str(tmp_path))
+    found = validate(start(packed, cfg))
+    assert found["val_examples"] == 21
+    assert np.isfinite(found["val_loss"])
+
+
+def test_a_value_for_each_class_can_be_monitored_and_their_name_alone_cannot(tmp_path, capsys):
+    one = replace(recipe, metrics=lambda cfg, data: {"p": metrics(cfg, data)["precision"]})
+    argv = ["--max-steps", "3", "--out", str(tmp_path)]
+    assert main(one, [*argv, "--monitor", "max:val_p/bee"]).best >= 0
+    said = ends_with(2, capsys, lambda: main(one, ["--max-steps", "3", "--monitor", "max:val_p"]))
+    assert "val_p/ant, val_p/bee, val_p/cow" in said

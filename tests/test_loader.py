@@ -118,11 +118,14 @@ def test_held_out_examples_lie_on_exactly_one_process_in_equally_many_batches():
         assert rows == list(range(23))
 
 
-def test_float64_columns_become_float32_unless_the_model_is_double():
-    columns = {"x": torch.zeros(3, dtype=torch.float64), "y": torch.zeros(3, dtype=torch.int64)}
-    assert make_reader(columns, None, 0, double=False).columns["x"].dtype == torch.float32
-    assert make_reader(columns, None, 0, double=True).columns["x"].dtype == torch.float64
-    assert make_reader(columns, None, 0, double=False).columns["y"].dtype == torch.int64
+def test_float64_columns_become_float32_unless_the_model_is_double_and_labels_int64_a_batch_at_a_time():
+    columns = {"x": torch.zeros(3, dtype=torch.float64), "label": torch.zeros(3, dtype=torch.int32)}
+    first = (np.arange(1), np.arange(1))
+    for double, wanted in ((False, torch.float32), (True, torch.float64)):
+        reader = make_reader(columns, None, 0, double=double)
+        assert reader.columns["x"] is columns["x"]
+        assert reader(first).batch["x"].dtype == wanted
+        assert reader(first).batch["label"].dtype == torch.int64
 
 
 def test_numpy_columns_are_taken_without_a_copy():
@@ -297,3 +300,44 @@ def test_columns_may_live_on_the_device():
     assert batch["x"].shape == (5, 3)
     assert batch["x"].is_meta
     assert reader.device.type == "meta"
+
+
+class Drawing:
+    """A dataset with __getitems__ that draws what __getitem__ draws, as torch's Subset does."""
+
+    def __len__(self):
+        return 48
+
+    def __getitem__(self, i):
+        return {"row": i, "x": i + torch.rand(3)}
+
+    def __getitems__(self, indices):
+        return [self[i] for i in indices]
+
+
+def test_a_dataset_whose_getitems_draws_is_read_example_by_example():
+    wanted = examples(first_steps(loader(make_reader(Drawing(), None, 3, double=False))))
+    subset = torch.utils.data.Subset(Drawing(), range(48))
+    for workers in (0, 1):
+        found = first_steps(loader(make_reader(subset, None, 3, double=False), workers=workers))
+        assert examples(found) == wanted
+
+
+def test_examples_that_make_no_batch_are_named():
+    rows = [torch.zeros(1 + i % 2) for i in range(48)]
+    with pytest.raises(InputError, match=r"the examples \d+, .* make no batch: RuntimeError: stack expects .*collate"):
+        first_steps(loader(make_reader(rows, None, 0, double=False)), 1)
+
+
+def test_an_iterator_and_a_buffer_of_none_are_refused():
+    with pytest.raises(InputError, match="train is an iterator, which can be read once"):
+        Data(train=(i for i in range(3)))
+    with pytest.raises(InputError, match="shuffle_buffer is 0"):
+        Data(train={"x": np.arange(3)}, shuffle_buffer=0)
+
+
+def test_a_sample_is_spread_over_all_examples():
+    columns = {"x": np.arange(100)}
+    assert Data(columns).sample(4)["x"].tolist() == [0, 33, 66, 99]
+    assert Data(columns).sample()["x"].tolist() == list(range(100))
+    assert Data(Drawing()).sample(2)["row"].tolist() == [0, 47]

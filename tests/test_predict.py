@@ -102,7 +102,7 @@ def test_what_cannot_be_predicted_is_refused(tmp_path):
         with pytest.raises(InputError, match=why):
             predict(recipe, run, **options)
     wrong = replace(recipe, predict=lambda model, batch, cfg: {"mean": model(batch["x"]).mean()})
-    with pytest.raises(InputError, match=r"predict returned \(\) for 'mean' on \d+ examples; return a row for each"):
+    with pytest.raises(InputError, match=r"predict returned \(\) for 'mean' on \d+ examples; return one row each"):
         predict(wrong, run)
 
 

@@ -1,5 +1,8 @@
 """Streams: shared out without overlap, shuffled in windows, resumed exactly on the same processes."""
 
+import os
+import random
+import signal
 from dataclasses import replace
 
 import datasets
@@ -11,7 +14,7 @@ from test_checkpoints import ends_with, left_after
 
 from scaletrain import Data, InputError, main, start, train
 from scaletrain.devices import set_up
-from scaletrain.streams import Stream, is_stream, shared_out
+from scaletrain.streams import EveryNth, Stream, _alike, is_stream, shared_out
 
 ROWS = [
     {"x": x.tolist(), "y": int(y), "row": int(row)}
@@ -145,6 +148,74 @@ class OwnRank(Numbers):
     def __iter__(self):
         for i in range(dist.get_rank(), self.n, dist.get_world_size()):
             yield {"i": i}
+
+
+class Shuffling(Numbers):
+    """A stream that shuffles its files when a pass begins."""
+
+    def __iter__(self):
+        order = list(range(self.n))
+        random.shuffle(order)
+        for i in order:
+            yield {"i": i, "noise": torch.rand(()).item()}
+
+
+@pytest.mark.parametrize("window", [1, 7])
+def test_a_stream_that_shuffles_when_a_pass_begins_goes_on_exactly_too(window):
+    whole = taken(Stream(Shuffling(), window, seed=3), 75)
+    for place in (0, 1, 7, 29, 30, 31, 60, 74):
+        first = Stream(Shuffling(), window, seed=3)
+        taken(first, place)
+        again = Stream(Shuffling(), window, seed=3)
+        again.state = first.state
+        assert taken(again, 75 - place) == whole[place:]
+
+
+def test_ranks_that_shuffle_an_undivided_stream_read_it_once_between_them():
+    seen = [taken(Stream(EveryNth(Shuffling(), rank, 2), 4, seed=3, rank=rank), 30) for rank in range(2)]
+    for k in range(2):
+        one_pass = [example["i"] for part in seen for example in part[15 * k : 15 * k + 15]]
+        assert sorted(one_pass) == list(range(30))
+    assert {e["noise"] for e in seen[0][1:]}.isdisjoint(e["noise"] for e in seen[1][1:])
+
+
+def test_ranks_of_which_two_see_the_same_are_noticed():
+    assert _alike([{"a", "b"}, {"a", "b"}, {"c", "d"}]) == [(0, 1)]
+    assert _alike([{"a", "b", "c"}, {"c", "d", "e"}]) == []
+
+
+class Failing(Numbers):
+    def __iter__(self):
+        yield from ({"x": torch.zeros(5), "y": 0} for _ in range(40))
+        raise OSError(5, "Input/output error", "shard-3.tar")
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+def test_a_stream_that_fails_is_one_line(workers, capsys):
+    recipe = replace(tiny.recipe, data=lambda cfg: Data(Failing(), shuffle_buffer=1))
+    said = ends_with(2, capsys, lambda: main(recipe, ["--max-steps", "9", "--workers", workers]))
+    assert (
+        "example 40 of pass 0 of the stream cannot be read: OSError: [Errno 5] Input/output error: 'shard-3.tar'"
+        in said
+    )
+
+
+def test_a_worker_of_a_stream_that_is_killed_is_replaced_once_and_no_bit_changes(tmp_path, capfd):
+    class Killed(Numbers):
+        def __iter__(self):
+            for i in range(400):
+                if i == 100 and not (tmp_path / "killed").exists() and (tmp_path / "armed").exists():
+                    (tmp_path / "killed").touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+                yield {"x": torch.full((5,), i / 400), "y": i % 3}
+
+    recipe = replace(tiny.recipe, data=lambda cfg: Data(Killed(), shuffle_buffer=10))
+    for name in ("whole", "again"):
+        main(recipe, ["--max-steps", "12", "--workers", "1", "--log-every", "1", "--out", str(tmp_path / name / "run")])
+        (tmp_path / "armed").touch()
+    assert (tmp_path / "killed").exists()
+    assert bits(tmp_path / "again") == bits(tmp_path / "whole")
+    assert "the workers are started again, once" in capfd.readouterr().err
 
 
 @pytest.mark.world_size(3)

@@ -17,7 +17,7 @@ from scaletrain.checkpoint.tensors import local_part
 from scaletrain.config import Config
 from scaletrain.devices import Devices, seed_generators
 from scaletrain.errors import InputError, Preempted
-from scaletrain.loader import HeldOut, Loader, MicroBatch, length
+from scaletrain.loader import HeldOut, Loader, MicroBatch
 from scaletrain.metrics import Objects
 from scaletrain.optimizers import base_values, hyperparameters, set_factors
 from scaletrain.order import MASK, STRIDE, seed_for
@@ -238,9 +238,9 @@ class Run:
                 return {"loss": self.recipe.loss(self.module, batch, self.cfg)}
             return self.recipe.evaluate(self.module, batch, self.cfg)
 
-    def weight(self, batch: Batch) -> Tensor | float:
-        """Return what a mean over ``batch`` runs over: the recipe's weight, else its number of examples."""
-        return length(batch) if self.recipe.weight is None else self.recipe.weight(batch)
+    def weight(self, batch: Batch, examples: int) -> Tensor | float:
+        """Return what a mean over ``batch`` runs over: the recipe's weight, else its number of ``examples``."""
+        return examples if self.recipe.weight is None else self.recipe.weight(batch)
 
     def measured(self, split: str, figures: dict[str, float]) -> dict[str, float]:
         """Keep what a validation or test found; return it with the split's name in front: ``val_loss``."""

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -20,7 +21,7 @@ def read(path: Path, columns: Mapping[str, str | Sequence[str]] | None) -> dict[
         else:
             with path.open("rb") as raw, np.lib.npyio.NpzFile(raw, allow_pickle=False) as file:
                 found = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise unreadable(path, error) from None
     for name, array in found.items():
         if array.dtype.kind == "f" and path.suffix == ".npz" and not np.isfinite(array).all():

@@ -9,7 +9,7 @@ import numpy as np
 from scaletrain.errors import InputError
 from scaletrain.recipe import Data, Part
 from scaletrain.sources.arrays import no_such_column
-from scaletrain.sources.split import COPIED_BYTES, with_held_out
+from scaletrain.sources.split import COPIED_BYTES, RANKED, with_held_out
 from scaletrain.sources.table import Column, Table, kind_of
 
 LABELS = ("label", "labels", "class", "target", "y")
@@ -45,7 +45,10 @@ def to_splits(
             splits[split] = Table(
                 tables[split], wanted, values, image_size, where if split == "train" else f"{where}: {split}"
             )
-    labels = None if label is None else splits["train"].label(next(c.name for c in wanted if c.kind == "label"))
+    if label is not None and "test" in splits and splits["test"].unlabelled(label):
+        del splits["test"]  # as the Hub has them: its answers are secret
+    ranked = label is not None and "val" not in splits and split_seed is not None and len(splits["train"]) <= RANKED
+    labels = splits["train"].label(next(c.name for c in wanted if c.kind == "label")) if ranked else None
     data = with_held_out(
         Data(splits["train"], splits.get("val"), splits.get("test"), names), split_seed, val_share, labels
     )
@@ -134,7 +137,7 @@ def classes(table: Any, label: str, where: str) -> tuple[list[Any] | None, list[
             )
         return None, names
     column = table.with_format("arrow").select_columns([label])[:][label]
-    values = pc.unique(column).drop_null().to_pylist()
+    values = [value for value in pc.unique(column).drop_null().to_pylist() if value == value]  # NaN is no class
     fractions = (
         [value for value in values if isinstance(value, float) and value != int(value)]
         if all(isinstance(value, float) and np.isfinite(value) for value in values)

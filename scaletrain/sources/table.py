@@ -54,6 +54,13 @@ class Table:
         labels: NDArray[np.int64] = self._read(column, table, np.arange(len(self))).numpy()
         return labels
 
+    def unlabelled(self, source: str) -> bool:
+        """Whether no row has a label: all are -1 or missing."""
+        import pyarrow.compute as pc
+
+        column = self.arrow.select_columns([source])[:][source]
+        return bool(column.null_count == len(column) or pc.all(pc.equal(column.cast("string"), "-1")).as_py())
+
     def fingerprint(self) -> str:
         """Hash 64 rows as they are stored."""
         rows = np.linspace(0, len(self) - 1, 64).astype(np.int64)

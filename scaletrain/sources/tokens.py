@@ -1,5 +1,6 @@
 """Tokens in a row, cut into windows: text as bytes, or numbers in a file that is mapped into memory."""
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +31,11 @@ class Windows:
         if not 0 <= index < len(self):
             raise IndexError(index)
         return {"tokens": self.__getitems__([index])["tokens"][0]}
+
+    def fingerprint(self) -> str:
+        """Hash 64 windows."""
+        rows = self.__getitems__(np.linspace(0, len(self) - 1, 64).astype(np.int64).tolist())["tokens"]
+        return hashlib.sha256(rows.numpy().tobytes()).hexdigest()
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """Return ``tokens`` (B, length + 1) int64."""
@@ -69,6 +75,8 @@ def _tokens(name: str) -> NDArray[np.integer]:
         raise InputError(f"{name}: no such file; tokens come from a text, .bin or .npy file, or from '{builtin.TEXT}'")
     if path.stat().st_size == 0:
         raise InputError(f"{name} is empty")
+    if path.suffix == ".bin" and path.stat().st_size % 2:
+        raise InputError(f"{name} has an odd number of bytes; a .bin holds tokens of two bytes each")
     if path.suffix != ".npy":
         return np.memmap(path, dtype=np.uint16 if path.suffix == ".bin" else np.uint8, mode="r").view(np.ndarray)
     tokens = arrays.open_npy(path)
