@@ -194,10 +194,8 @@ class Failing(Numbers):
 def test_a_stream_that_fails_is_one_line(workers, capsys):
     recipe = replace(tiny.recipe, data=lambda cfg: Data(Failing(), shuffle_buffer=1))
     said = ends_with(2, capsys, lambda: main(recipe, ["--max-steps", "9", "--workers", workers]))
-    assert (
-        "example 40 of pass 0 of the stream cannot be read: OSError: [Errno 5] Input/output error: 'shard-3.tar'"
-        in said
-    )
+    assert "example 40 of pass 0 of the stream cannot be read: OSError: [Errno 5]" in said
+    assert "shard-3.tar" in said
 
 
 def test_a_worker_of_a_stream_that_is_killed_is_replaced_once_and_no_bit_changes(tmp_path, capfd):
