@@ -3,8 +3,9 @@
 import hashlib
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -13,10 +14,11 @@ from torch import Tensor
 from scaletrain.devices import copies_without_waiting
 from scaletrain.errors import InputError
 from scaletrain.order import Indices, Share, micro_batch_count, split
-from scaletrain.readers import ColumnReader, NamedColumns, Read, Reader, Request
+from scaletrain.readers import Bad, ColumnReader, NamedColumns, Reader, Request
 from scaletrain.recipe import Batch
 from scaletrain.workers import read_ahead
 
+T = TypeVar("T")
 INDEX_BLOCK = 8192
 """Indices computed at a time."""
 GATHER_BYTES = 4 << 20
@@ -129,19 +131,20 @@ class Loader:
 
     def _read(self, first: int) -> Iterator[list[MicroBatch]]:
         answers = read_ahead(self.reader, self._requests(first), self.workers, self.device)
+        batches = copied_ahead(answers, self.device)
         while True:
-            yield [MicroBatch(to_device(self._noted(next(answers)), self.device), counted) for counted in self._counted]
+            yield [MicroBatch(self._noted(*next(batches)), counted) for counted in self._counted]
 
-    def _noted(self, answer: Read) -> Batch:
+    def _noted(self, batch: Batch, replaced: tuple[Bad, ...]) -> Batch:
         """Note which examples were replaced; raise InputError when they become too many."""
-        for bad in answer.bad:
+        for bad in replaced:
             if bad.example not in self.bad:
                 self.bad[bad.example] = bad.reason
                 told = f"example {bad.example} cannot be read: {bad.reason}"
                 if len(self.bad) > self.most_bad:
                     raise InputError(f"{told}; --skip-bad allows {self.most_bad} on each process, and this is one more")
                 sys.stderr.write(f"warning: {told}; example {bad.replaced_by} takes its place\n")
-        return answer.batch
+        return batch
 
     def _requests(self, first: int) -> Iterator[Request]:
         steps = INDEX_BLOCK // self.share.size or 1
@@ -169,9 +172,9 @@ class HeldOut:
     def __iter__(self) -> Iterator[MicroBatch]:
         requests = ((indices, indices) for indices in map(self._indices, range(self.batches)))
         answers = read_ahead(self.reader, requests, self.workers, self.device)
-        for k, answer in enumerate(answers):
+        for k, (batch, _) in enumerate(copied_ahead(answers, self.device)):
             counted = min(self.batch_size, max(0, self.part.stop - self.part.start - k * self.batch_size))
-            yield MicroBatch(to_device(answer.batch, self.device), counted)
+            yield MicroBatch(batch, counted)
 
     def _indices(self, k: int) -> Indices:
         """Return what the ``k``-th micro-batch reads: an example of another process where there are no more."""
@@ -182,7 +185,7 @@ class HeldOut:
 
 def length(batch: Batch) -> int:
     """Return the number of examples: the first dimension of the first leaf."""
-    leaf = _first_tensor(batch)
+    leaf = next(tensors_of(batch), None)
     if leaf is None or leaf.ndim == 0:
         raise InputError(
             f"a batch is a {type(batch).__name__}; it must hold tensors with one row an example, in a dict or tuple"
@@ -190,11 +193,38 @@ def length(batch: Batch) -> int:
     return len(leaf)
 
 
-def _first_tensor(batch: Batch) -> Tensor | None:
+def tensors_of(batch: Batch) -> Iterator[Tensor]:
+    """Yield the leaves of a dict, tuple, list or tensor."""
     if isinstance(batch, Tensor):
-        return batch
-    leaves = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, tuple | list) else ()
-    return next((found for found in map(_first_tensor, leaves) if found is not None), None)
+        yield batch
+    elif isinstance(batch, Mapping | tuple | list):
+        for part in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from tensors_of(part)
+
+
+def copied_ahead(found: Iterator[tuple[Batch, T]], device: torch.device) -> Iterator[tuple[Batch, T]]:
+    """Move the first of each pair to the device; on CUDA one is copied while the one before it computes."""
+    if not copies_without_waiting(device.type):
+        yield from ((to_device(batch, device), rest) for batch, rest in found)
+        return
+    beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+    ready: deque[tuple[Batch, T, torch.cuda.Event]] = deque()
+    for batch, rest in found:
+        with torch.cuda.stream(beside):
+            ready.append((to_device(batch, device), rest, beside.record_event()))
+        if len(ready) == 2:
+            yield _handed_over(*ready.popleft())
+    if ready:
+        yield _handed_over(*ready.popleft())
+
+
+def _handed_over(batch: Batch, rest: T, copied: torch.cuda.Event) -> tuple[Batch, T]:
+    """Let the stream that computes wait for the copy, and the memory be kept until it has used it."""
+    computing = torch.cuda.current_stream()
+    computing.wait_event(copied)
+    for tensor in tensors_of(batch):
+        tensor.record_stream(computing)
+    return batch, rest
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 from scaletrain import workers
 from scaletrain.agreement import gather_texts, together
 from scaletrain.errors import InputError
-from scaletrain.loader import MicroBatch, to_device
+from scaletrain.loader import MicroBatch, copied_ahead, to_device
 from scaletrain.order import Share, seed_for, seeds_for, split
 from scaletrain.readers import Collate, narrow, seed_all, unreadable
 from scaletrain.workers import Failure, answers_of, as_is, leave_signals, worker_is_lost
@@ -147,12 +147,12 @@ class StreamLoader:
             yield from self._steps()
 
     def _steps(self) -> Iterator[list[MicroBatch]]:
-        found = answers_of(self._loader()) if self.workers else iter(_Steps(self))
+        found = copied_ahead(answers_of(self._loader()) if self.workers else iter(_Steps(self)), self.device)
         while True:
             started = time.perf_counter()
             batches, self.state = next(found)
             self.waited_seconds += time.perf_counter() - started
-            yield [MicroBatch(to_device(b, self.device), n) for b, n in zip(batches, self._counted, strict=True)]
+            yield [MicroBatch(batch, n) for batch, n in zip(batches, self._counted, strict=True)]
 
     def _loader(self) -> DataLoader[Any]:
         return DataLoader(

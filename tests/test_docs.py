@@ -151,6 +151,8 @@ def test_the_blocks_of_the_data_page_run_and_train(tmp_path, monkeypatch):
                 assert trains(known["data"]), ast.unparse(statement)
                 trained += 1
     assert trained >= 14
+    image = torch.rand(4, 3, 8, 8)
+    assert not torch.equal(known["augment"]({"image": image}, None)["image"], image)
     assert len(known["labels"]) == 12
     assert "val_auroc" in Path("animals/metrics.jsonl").read_text()
 

@@ -6,6 +6,7 @@ import signal
 import time
 from dataclasses import replace
 from itertools import chain, product
+from math import isqrt
 
 import numpy as np
 import psutil
@@ -19,7 +20,7 @@ from test_loader import CPU, Jittered
 from scaletrain import Data, InputError, main
 from scaletrain import workers as workers_module
 from scaletrain.loader import Loader
-from scaletrain.order import Given, Sequential, Share, Shuffled, Weighted, micro_batch_count, seed_for
+from scaletrain.order import Given, Sequential, Share, Shuffled, Weighted, micro_batch_count
 from scaletrain.readers import ColumnReader, ExampleReader
 
 N, BATCH = 37, 8
@@ -28,52 +29,52 @@ STEPS = -(-3 * N // BATCH)
 # L1: an oracle written from the definition of the orders, one position at a time
 
 
+MASK = (1 << 64) - 1
+STRIDE = 0x9E3779B97F4A7C15
+
+
+def mixed(word):
+    """The finishing steps of splitmix64."""
+    word ^= word >> 30
+    word = word * 0xBF58476D1CE4E5B9 & MASK
+    word ^= word >> 27
+    word = word * 0x94D049BB133111EB & MASK
+    return word ^ word >> 31
+
+
+def key(*numbers):
+    word = 0
+    for number in numbers:
+        word = mixed((word ^ number) + STRIDE & MASK)
+    return word
+
+
 def feistel(place, n, key):
     """The permutation of ``Shuffled`` in plain Python integers."""
-    from math import isqrt
-
-    mask = (1 << 64) - 1
-
-    def mix(word):
-        word ^= word >> 30
-        word = word * 0xBF58476D1CE4E5B9 & mask
-        word ^= word >> 27
-        word = word * 0x94D049BB133111EB & mask
-        return word ^ word >> 31
-
     a = max(8, isqrt(n - 1) + 1)
     b = max(8, -(-n // a))
     while True:
         left, right = divmod(place, b)
         for r in range(8):
-            round_key = key + r * 0x9E3779B97F4A7C15 & mask
+            round_key = key + r * STRIDE & MASK
             if r % 2 == 0:
-                left = (left + ((mix(right + round_key & mask) >> 32) * a >> 32)) % a
+                left = (left + ((mixed(right + round_key & MASK) >> 32) * a >> 32)) % a
             else:
-                right = (right + ((mix(left + round_key & mask) >> 32) * b >> 32)) % b
+                right = (right + ((mixed(left + round_key & MASK) >> 32) * b >> 32)) % b
         place = left * b + right
         if place < n:
             return place
 
 
-def mixed(word):
-    mask = (1 << 64) - 1
-    word ^= word >> 30
-    word = word * 0xBF58476D1CE4E5B9 & mask
-    word ^= word >> 27
-    word = word * 0x94D049BB133111EB & mask
-    return word ^ word >> 31
-
-
 def oracle(kind, position):
     epoch, place = divmod(position, N)
     if kind == "shuffled":
-        return feistel(place, N, mixed(epoch + seed_for(5, 0) & (1 << 64) - 1))
+        return feistel(place, N, mixed(epoch + key(5, 0) & MASK))
     if kind == "sequential":
         return place
     if kind == "given":
         return (place * 7 + 3) % N
-    uniform = (mixed(position + seed_for(5, 1) & (1 << 64) - 1) >> 11) * 2.0**-53
+    uniform = (mixed(position + key(5, 1) & MASK) >> 11) * 2.0**-53
     bounds = np.cumsum(np.arange(1, N + 1) / sum(range(1, N + 1)))
     return int(sum(uniform >= bound for bound in bounds / bounds[-1]))
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import torch.distributed as dist
 
 from benchmarks import large_map
 from benchmarks.children import in_child
@@ -72,6 +73,19 @@ def test_transforms_give_the_same_examples_on_any_workers_and_processes():
         parts = [loader(reader, rank=r, world_size=5, micro_batch_size=micro_batch_size) for r in range(5)]
         assert {k: v for part in parts for k, v in examples(first_steps(part)).items()} == wanted
     assert examples(first_steps(loader(ExampleReader(Jittered(), None, seed=4)))) != wanted
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")
+def test_transforms_give_the_same_examples_on_two_processes_with_any_workers(shared_path):
+    wanted = examples(first_steps(loader(ExampleReader(Jittered(), None, seed=5)), 4))
+    for workers in (0, 1, 4):
+        cfg = tiny.TinyConfig(seed=5, batch_size=12, workers=workers, max_steps=4, out=str(shared_path / str(workers)))
+        run = start(replace(tiny.recipe, data=lambda cfg: Data(Jittered())), cfg)
+        parts = [None, None]
+        dist.all_gather_object(parts, examples(first_steps(run.loader, 4)))
+        assert all(len(part) == 4 * 6 for part in parts)
+        assert parts[0] | parts[1] == wanted
 
 
 def test_an_example_is_transformed_anew_in_each_epoch():

@@ -333,6 +333,28 @@ def test_augmentation_is_in_training_only_and_a_function_of_seed_step_and_rank(t
     assert all(torch.equal(a, b) for a, b in zip(seen, shown[4:], strict=True))
 
 
+def test_what_kornia_draws_is_a_function_of_seed_and_step(tmp_path):
+    import kornia.augmentation
+
+    change = kornia.augmentation.AugmentationSequential(kornia.augmentation.RandomAffine(30), data_keys=["input"])
+
+    def augment(batch, cfg):
+        images.append(change(batch["x"].float().view(-1, 1, 5, 1).expand(-1, 3, 5, 5)))
+        return batch
+
+    images = []
+    recipe = replace(tiny.recipe, augment=augment)
+    train(started(tmp_path / "a", recipe, max_steps=6))
+    whole, images = images, []
+    again = started(tmp_path / "b", recipe, max_steps=6)
+    again.state.step, again.state.samples_seen = 4, 64  # as if resumed
+    torch.rand(17)
+    list(steps(again))
+    assert all(map(torch.equal, images, whole[4:]))
+    assert len(images) == 2
+    assert not any(torch.equal(image[0], image[1]) for image in whole)
+
+
 def test_dropout_depends_on_the_seed_and_the_step_alone(tmp_path):
     def model(cfg, data):
         return nn.Sequential(nn.Linear(5, 64), nn.Dropout(0.5), nn.Linear(64, 3))

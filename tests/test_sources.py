@@ -312,6 +312,10 @@ def test_a_file_that_is_cut_short_is_named(tmp_path):
     np.save(tmp_path / "x.npy", np.zeros((9, 9)))
     (tmp_path / "x.npy").write_bytes((tmp_path / "x.npy").read_bytes()[:-20])
     refused("cannot read .*x.npy: ", tmp_path / "x.npy")
+    arrow = tmp_path / "animals.arrow"
+    datasets.Dataset.from_list(rows()).save_to_disk(tmp_path / "saved")
+    arrow.write_bytes((tmp_path / "saved/data-00000-of-00001.arrow").read_bytes()[:-300])
+    refused("cannot read .*animals.arrow: ", str(arrow))
     (tmp_path / "bad.jsonl").write_text('{"a": 1}\n{"a": ')
     refused("cannot read .*bad.jsonl: ", str(tmp_path / "bad.jsonl"))
 

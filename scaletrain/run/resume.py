@@ -73,12 +73,13 @@ def check_same(checkpoint: Checkpoint, identity: dict[str, Any]) -> None:
         before = saved.get(what) if isinstance(saved, dict) else None
         if before != value:
             words = {"data": "other training or validation data", "order": "another order of the examples"}
-            if "stream" in str(before):
-                words["order"] = f"{before:.100}, and now it is {value}"
+            advice = start_anew(checkpoint)
+            if what == "order" and "stream" in str(before):
+                words["order"] = f"{before:.100}, and now it is {value:.100}"
+                advice = f"go on with the processes and the shuffle_buffer it had, or, {advice}"
             how = words.get(what, f"{what} {ascii(before)[:80]}, this run has {value}")
             raise InputError(
-                f"{short(checkpoint.path)} was made with {how}; what it counts means nothing here; "
-                f"{start_anew(checkpoint)}"
+                f"{short(checkpoint.path)} was made with {how}; what it counts means nothing here; {advice}"
             )
 
 
