@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.children import PeakMemory, in_child
-from benchmarks.pairs import Rounds, conditions
+from benchmarks.pairs import Rounds, aims, conditions
 from benchmarks.ways_to_save import DISK, MEMORY, OURS, TORCH, WAYS, Readable, State, Way
 
 SECONDS_BEFORE = 1.5
@@ -214,13 +214,13 @@ def _aims(rounds: Measured, nbytes: int) -> list[str]:
     """Say of each aim whether it is met."""
     stall, sync = rounds.ratio(OURS, MEMORY)[0], 1 / rounds.ratio(OURS, TORCH)[0]
     slowdown, extra = rounds.median(OURS, "slowdown") or 1, (rounds.median(OURS, "extra_bytes") or 0) / nbytes
-    aims = (
+    return aims(
+        "Aims of scaletrain's way",
         (stall <= 1.3, f"stall {stall:.2f}x of the memory copy, at most 1.3x"),
         (sync >= 5, f"stall {sync:.1f}x under that of torch.save without fsync, at least 5x"),
         (slowdown <= 1.1, f"steps {(slowdown - 1) * 100:.0f} % slower while writing, at most 10 %"),
         (extra <= 1.02, f"{extra:.2f} copies of extra memory, at most one (and 2 % for buffers)"),
     )
-    return ["Aims of scaletrain's way:", "", *(f"* {'met' if met else 'MISSED'}: {said}" for met, said in aims)]
 
 
 def main() -> None:

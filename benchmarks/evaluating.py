@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from benchmarks.pairs import Arm, conditions, run_rounds
+from benchmarks.pairs import Arm, aims, conditions, run_rounds
 from recipes import mlp
 from scaletrain import Data, start, validate
 
@@ -78,6 +78,8 @@ def main() -> None:
         lines.append(
             f"| {name} | {args.rows / sorted(seconds)[len(seconds) // 2]:,.0f} | {ratio:.3f} ({low:.3f}-{high:.3f}) |"
         )
+    share = rounds.ratio(RAW, OURS)[0]
+    lines += ["", *aims("Aims", (share >= 0.98, f"{share:.3f} of the raw loop's rows per second, at least 0.98"))]
     print("\n".join(lines))
     if args.out:
         args.out.write_text("\n".join(lines) + "\n")

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.children import in_child
-from benchmarks.pairs import conditions
+from benchmarks.pairs import aims, conditions
 from scaletrain import Config, Recipe, load, start, steps
 
 FEATURES = 16
@@ -92,6 +92,12 @@ def main() -> None:
         "",
         f"First step done {found['first']:.2f} s after the start, imports left out. Most resident memory "
         f"{found['peak'] / 1e6:,.0f} MB, of which {found['imported'] / 1e6:,.0f} MB are imports.",
+        "",
+        *aims(
+            "Aims",
+            (found["first"] < 2, "the first batch within 2 s"),
+            (found["peak"] < 1e9, "resident memory under 1 GB"),
+        ),
     ]
     print("\n".join(lines))
     if args.out:

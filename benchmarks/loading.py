@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
-from benchmarks.pairs import Arm, Rounds, conditions, run_rounds
+from benchmarks.pairs import Arm, Rounds, aims, conditions, run_rounds
 from scaletrain.loader import Loader
 from scaletrain.order import Share, Shuffled
 from scaletrain.readers import BatchReader, make_reader
@@ -30,6 +30,7 @@ from scaletrain.sources.tokens import Windows
 BATCH = 256
 LENGTH = 256
 BARE, AGAIN, OURS, TORCH = "bare X[indices]", "bare X[indices] again", "scaletrain", "DataLoader(TensorDataset)"
+HF_ROWS = "datasets with_format('torch'), row by row"
 BATCHED = "DataLoader, batches of indices (batch_size=None)"
 
 
@@ -86,7 +87,7 @@ def table_arms() -> dict[str, Callable[[], Iterable[Any]]]:
         "scaletrain, a datasets.Dataset": partial(scaletrain, as_table(rows, "rows")),
         TORCH: lambda: DataLoader(TensorDataset(*columns.values()), batch_size=BATCH, shuffle=True),
         BATCHED: partial(batched, columns),
-        "datasets with_format('torch'), row by row": lambda: DataLoader(torch_rows, batch_size=BATCH, shuffle=True),
+        HF_ROWS: lambda: DataLoader(torch_rows, batch_size=BATCH, shuffle=True),
         "datasets with_format('torch'), .iter(256), not shuffled": lambda: torch_rows.iter(BATCH),
     }
 
@@ -122,7 +123,7 @@ def token_arms(folder: Path) -> dict[str, Callable[[], Iterable[Any]]]:
     }
 
 
-BATCHES = {"datasets with_format('torch'), row by row": 2, TORCH: 40}
+BATCHES = {HF_ROWS: 2, TORCH: 40}
 """Fewer of what is slow."""
 
 
@@ -145,6 +146,20 @@ def table(title: str, rounds: Rounds, base: str, batches: dict[str, int]) -> lis
             f"({low * batches[base] / batches[name]:.2f}-{high * batches[base] / batches[name]:.2f}) |"
         )
     return lines
+
+
+def aims_of(rounds: Rounds, batches: dict[str, int]) -> list[str]:
+    """Say of each aim for rows in memory whether it is met."""
+
+    def faster(than: str) -> float:
+        return rounds.ratio(than, OURS)[0] * batches[OURS] / batches[than]
+
+    return aims(
+        "Aims",
+        (faster(TORCH) >= 10, f"{faster(TORCH):.0f} times the rows of DataLoader(TensorDataset), at least 10"),
+        (faster(HF_ROWS) >= 100, f"{faster(HF_ROWS):.0f} times the rows of datasets row by row, at least 100"),
+        (faster(BARE) >= 0.9, f"{faster(BARE):.2f} of bare X[indices], at least 0.9"),
+    )
 
 
 def main() -> None:
@@ -171,7 +186,10 @@ def main() -> None:
             ways = make()
             batches = {name: max(1, BATCHES.get(name, args.batches) * args.batches // 400) for name in ways}
             arms: dict[str, Arm] = {name: partial(read, way, batches[name]) for name, way in ways.items()}
-            lines += table(title, run_rounds(arms, args.rounds), base, batches)
+            rounds = run_rounds(arms, args.rounds)
+            lines += table(title, rounds, base, batches)
+            if HF_ROWS in ways:
+                lines += ["", *aims_of(rounds, batches)]
     print("\n".join(lines))
     if args.out:
         args.out.write_text("\n".join(lines) + "\n")

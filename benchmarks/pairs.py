@@ -72,6 +72,11 @@ def conditions(command: str, packages: tuple[str, ...] = ("torch", "accelerate")
     ]
 
 
+def aims(title: str, *found: tuple[bool, str]) -> list[str]:
+    """Return the lines that say of each aim whether it was met."""
+    return [f"{title}:", "", *(f"* {'met' if met else 'MISSED'}: {said}" for met, said in found)]
+
+
 def _lines(path: str, start: str = "") -> list[str]:
     file = Path(path)
     return [line for line in file.read_text().splitlines() if line.startswith(start)] if file.exists() else []
