@@ -57,7 +57,7 @@ class SmallCNN(nn.Module):
 
 
 def build_model(cfg: CNNConfig, data: Data) -> nn.Module:
-    return SmallCNN(len(data.classes), cfg.width, cfg.dropout)
+    return SmallCNN(data.n_classes, cfg.width, cfg.dropout)
 
 
 def loss(model: nn.Module, batch: dict[str, Tensor], cfg: CNNConfig) -> Tensor:

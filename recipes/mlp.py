@@ -54,8 +54,8 @@ def mlp(n_features: int, n_classes: int, width: int = 64) -> nn.Module:
 
 
 def build_model(cfg: MLPConfig, data: Data) -> nn.Module:
-    features = data.sample(10_000)["features"]  # all of a small table
-    return nn.Sequential(Standardize(features), *mlp(features.shape[1], len(data.classes), cfg.width))
+    features = data.sample(10_000)["features"].float()  # all of a small table
+    return nn.Sequential(Standardize(features), *mlp(features.shape[1], data.n_classes, cfg.width))
 
 
 def loss(model: nn.Module, batch: dict[str, Tensor], cfg: MLPConfig) -> Tensor:

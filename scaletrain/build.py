@@ -127,16 +127,25 @@ def check_monitor(run: Run) -> str:
         return ""
     sums = Sums(run.devices.sums_in, run.devices.device, run.metric_objects)
     with run.evaluating():
-        batch, counted = next(iter(run.held_out["val"]))
+        batch, counted = run.held_out["val"].first()
         sums.add(run.evaluate(batch), length(batch), run.weight(batch, counted), counted)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a batch may lack a class
-        names = [f"val_{name}" for name in (*sums.names, *run.metric_objects.values())]
+    names = [f"val_{name}" for name in (*sums.names, *named_by(run.metric_objects))]
     if cfg.monitored_metric not in names:
         raise InputError(
             f"--monitor {cfg.monitor}: evaluate does not return {cfg.monitored_metric}; it returns {', '.join(names)}"
         )
     return ", ".join(names)
+
+
+def named_by(objects: Objects) -> list[str]:
+    """Return what the figures of metric objects are called, as far as one batch can tell."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a batch may lack a class
+        try:
+            return list(objects.values())
+        except (ValueError, RuntimeError):  # one example is too few for some
+            objects.reset()
+            return list(objects.metrics)
 
 
 def warm_up(run: Run) -> None:

@@ -1,5 +1,6 @@
 """From the order of the examples to micro-batches on the device."""
 
+import copy
 import hashlib
 import sys
 import time
@@ -14,8 +15,8 @@ from torch import Tensor
 from scaletrain.devices import copies_without_waiting
 from scaletrain.errors import InputError
 from scaletrain.order import Indices, Share, micro_batch_count, split
-from scaletrain.readers import Bad, ColumnReader, NamedColumns, Reader, Request
-from scaletrain.recipe import Batch
+from scaletrain.readers import Bad, ColumnReader, Reader, Request
+from scaletrain.recipe import Batch, NamedColumns
 from scaletrain.workers import read_ahead
 
 T = TypeVar("T")
@@ -175,6 +176,12 @@ class HeldOut:
         for k, (batch, _) in enumerate(copied_ahead(answers, self.device)):
             counted = min(self.batch_size, max(0, self.part.stop - self.part.start - k * self.batch_size))
             yield MicroBatch(batch, counted)
+
+    def first(self) -> MicroBatch:
+        """Return the first micro-batch, read in this process."""
+        here = copy.copy(self)
+        here.workers, here.batches = 0, 1
+        return next(iter(here))
 
     def _indices(self, k: int) -> Indices:
         """Return what the ``k``-th micro-batch reads: an example of another process where there are no more."""

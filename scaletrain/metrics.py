@@ -12,6 +12,8 @@ from torch import Tensor
 from scaletrain.agreement import gather_tensors
 from scaletrain.errors import InputError
 
+EXAMPLES = "examples"
+"""What the number of examples measured is called among the figures."""
 OUTPUTS = "outputs"
 """What ``evaluate`` calls the arguments of the metric objects."""
 MOST_VALUES = 10_000
@@ -27,8 +29,12 @@ class Objects:
         device: torch.device,
         group: dist.ProcessGroup | None,
     ) -> None:
+        if not isinstance(metrics, Mapping):
+            raise InputError(f"metrics returned a {type(metrics).__name__}; return torchmetrics objects by name")
         self.metrics, self.classes, self._group = dict(metrics), classes, group
         for name, metric in self.metrics.items():
+            if isinstance(metric, type):
+                raise InputError(f"metrics returned the class {metric.__name__} as '{name}'; return an object of it")
             if not callable(getattr(metric, "update", None)) or not callable(getattr(metric, "compute", None)):
                 raise InputError(f"metrics returned a {type(metric).__name__} as '{name}'; return torchmetrics objects")
             metric.to(device)
@@ -45,11 +51,15 @@ class Objects:
             raise InputError(
                 f"evaluate returns no '{OUTPUTS}', which the recipe's metrics are fed with: a tuple or a dict"
             )
-        for metric in self.metrics.values() if counted else ():
-            if isinstance(outputs, Mapping):
-                metric.update(**outputs)
-            else:
-                metric.update(*(outputs if isinstance(outputs, tuple | list) else (outputs,)))
+        for name, metric in self.metrics.items() if counted else ():
+            _show(name, metric, outputs)
+
+    def reset(self) -> None:
+        """Forget what was shown."""
+        for metric in self.metrics.values():
+            if getattr(metric, "_is_synced", False):  # compute has raised between the two
+                metric.unsync()
+            metric.reset()
 
     def values(self) -> dict[str, float]:
         """Return the value of every metric; one for each class gets the class's name behind a slash.
@@ -64,6 +74,8 @@ class Objects:
                 warnings.filterwarnings("ignore", ".*was called before the ``update`` method")  # nothing on this rank
                 value = metric.compute()
             for key, one in value.items() if isinstance(value, Mapping) else [(None, value)]:
+                if not isinstance(one, Tensor | int | float):
+                    raise InputError(f"the metric '{name}' is a {type(one).__name__}; only numbers can be recorded")
                 found |= self._named(name if key is None else f"{name}/{key}", torch.as_tensor(one))
             metric.reset()
         return found
@@ -82,6 +94,17 @@ class Objects:
         """Gather a metric's state; the empty ones of ranks that saw nothing are of any shape, and left out."""
         gathered = gather_tensors(state, self._group)
         return [part.to(state.device) for part in gathered if part.numel()] or [state]
+
+
+def _show(name: str, metric: Any, outputs: Any) -> None:
+    try:
+        if isinstance(outputs, Mapping):
+            metric.update(**outputs)
+        else:
+            metric.update(*(outputs if isinstance(outputs, tuple | list) else (outputs,)))
+    except (TypeError, ValueError, RuntimeError) as error:
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"the metric '{name}' cannot take what evaluate returns as outputs: {why}") from error
 
 
 def _pack_lists(metric: Any) -> None:
@@ -116,6 +139,9 @@ class Sums:
         """
         if not isinstance(values, dict):
             raise InputError(f"evaluate returned a {type(values).__name__}; return a dict of named figures")
+        taken = [EXAMPLES, *(self.objects.metrics if self.objects else ())]
+        if twice := sorted(values.keys() & taken):
+            raise InputError(f"evaluate returns '{twice[0]}', which is also the name of another figure; rename it")
         if self.objects is not None:
             self.objects.add(values.get(OUTPUTS), counted=counted > 0)
         for name, value in values.items():
@@ -145,7 +171,7 @@ class Sums:
         if counted[0] != expected:
             raise RuntimeError(f"{counted[0]:.0f} examples were evaluated instead of {expected}")
         means = {name: total / count if count else math.nan for name, (total, count) in zip(names, sums, strict=True)}
-        return means | (self.objects.values() if self.objects else {}) | {"examples": expected}
+        return means | (self.objects.values() if self.objects else {}) | {EXAMPLES: expected}
 
     def _scalar(self, value: Tensor | float) -> Tensor:
         return torch.as_tensor(value, dtype=self.dtype, device=self.device).detach()

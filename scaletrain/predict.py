@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import sys
+import zipfile
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -69,9 +70,11 @@ def predict(
             f"{', '.join(known)}: what evaluate says of labels would be wrong; give the recipe a predict"
         )
     loaded.classes = known or loaded.classes
-    examples = getattr(loaded, split or "train") if split or data else loaded.test or loaded.val or loaded.train
+    splits = {"train": loaded.train, "val": loaded.val, "test": loaded.test}
+    examples = splits.get(split or "train") if split or data else loaded.test or loaded.val or loaded.train
     if examples is None:
-        raise InputError(f"the data has no split '{split}'")
+        there = ", ".join(name for name, examples in splits.items() if examples is not None)
+        raise InputError(f"the data has no split '{split}'; it has {there}")
     seed_everything(cfg.seed)
     module = together(lambda: load_weights(recipe.model(cfg, loaded), weights), devices.control)
     module.to(devices.device).eval()
@@ -149,7 +152,10 @@ def _with_rows(batches: Iterator[Rows], part: Part, share: HeldOut) -> Iterator[
 
 def _columns(recipe: Recipe, cfg: Config, module: nn.Module, batch: Batch) -> Rows:
     if recipe.predict is not None:
-        return recipe.predict(module, batch, cfg)
+        predicted = recipe.predict(module, batch, cfg)
+        if not isinstance(predicted, dict):
+            raise InputError(f"predict returned a {type(predicted).__name__}; return a dict of columns (B, ...)")
+        return predicted
     if recipe.evaluate is None:
         raise InputError("the recipe has neither predict nor evaluate: predict(model, batch, cfg) returns columns")
     found = dict(recipe.evaluate(module, batch, cfg))
@@ -224,8 +230,10 @@ def _join(parts: list[Path], target: Path) -> None:
         columns = {
             n: np.concatenate([to_numpy(table[n]) for table in tables if len(table)]) for n in tables[0].column_names
         }
-        with draft.open("wb") as file:
-            np.savez(file, **columns)  # type: ignore[arg-type]  # names of arrays
+        with zipfile.ZipFile(draft, "w") as archive:  # np.savez knows no column called file
+            for name, column in columns.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                    np.lib.format.write_array(file, column, allow_pickle=False)
     else:
         with pq.ParquetWriter(draft, pq.read_schema(parts[0])) as writer:
             for part in parts:

@@ -13,7 +13,7 @@ from torch.utils.data import default_collate
 
 from scaletrain.errors import InputError
 from scaletrain.order import Indices, Order, seed_for
-from scaletrain.recipe import MAPPED, Batch, Columns, Part
+from scaletrain.recipe import MAPPED, Batch, Columns, NamedColumns, Part
 
 Request = tuple[Indices, Indices]
 """Positions in the stream, which seed what is random, and the examples to read there."""
@@ -22,13 +22,6 @@ PAGES_BYTES, KEPT_BYTES = 16 * 4096, 256 << 20
 """What the kernel maps around a row that is read, and how much of that is kept."""
 MOST_TRIES = 100
 """Replacements tried for an example that cannot be read."""
-
-
-class NamedColumns(dict[str, Any]):
-    """A batch of named columns that says what it has when asked for what it lacks."""
-
-    def __missing__(self, name: str) -> Any:
-        raise InputError(f"the batch has no column '{name}'; its columns are {', '.join(map(repr, self))}")
 
 
 class Bad(NamedTuple):

@@ -28,6 +28,13 @@ Metric = Tensor | tuple[Tensor, Tensor]
 Hook = Callable[[Any, Any], None]
 
 
+class NamedColumns(dict[str, Any]):
+    """Columns by name that say what there is when asked for what there is not."""
+
+    def __missing__(self, name: str) -> Any:
+        raise InputError(f"there is no column '{name}'; the columns are {', '.join(map(repr, self))}")
+
+
 @dataclass(frozen=True, eq=False)
 class Part:
     """Some rows of columns or of a map-style dataset, in an order of their own; nothing is copied.
@@ -95,6 +102,20 @@ class Data:
         if self.train is None:
             raise InputError("train is None; a recipe learns from something")
 
+    @property
+    def n_classes(self) -> int:
+        """Number of classes: the names, or the largest ``label`` and 1. Raises InputError where there are no labels."""
+        if self.classes is not None:
+            return len(self.classes)
+        columns = self.train.whole if isinstance(self.train, Part) else self.train
+        label = columns.get("label") if isinstance(columns, Mapping) else None
+        if label is None or label.is_floating_point():
+            raise InputError(
+                "the data has no class labels; call their column label, labels, class, target or y, or choose it with "
+                "load(..., columns={'label': ...}) in the recipe's data"
+            )
+        return int(label.max()) + 1
+
     def sample(self, most: int = 10_000) -> Columns:
         """Return up to ``most`` training examples as columns, evenly spaced: to scale by, or to see what there is."""
         n = len(next(iter(self.train.values()))) if isinstance(self.train, Mapping) else len(self.train)
@@ -102,13 +123,12 @@ class Data:
         whole = self.train.whole if isinstance(self.train, Part) else self.train
         rows = self.train.rows(places) if isinstance(self.train, Part) else places
         if isinstance(whole, Mapping):
-            return {name: column[torch.from_numpy(rows)] for name, column in whole.items()}
+            return NamedColumns((name, column[torch.from_numpy(rows)]) for name, column in whole.items())
         from torch.utils.data import default_collate
 
         many = hasattr(whole, "__getitems__")
         found: Any = whole.__getitems__(rows.tolist()) if many else [whole[int(i)] for i in rows]
-        collated: Columns = default_collate(found) if isinstance(found, list) else dict(found)
-        return collated
+        return NamedColumns(default_collate(found) if isinstance(found, list) else found)
 
 
 @dataclass(frozen=True, kw_only=True)

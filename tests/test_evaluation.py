@@ -1,6 +1,8 @@
 """Validation counts every example once, on any number of processes: means, and metrics that are not means."""
 
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -10,9 +12,10 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from launching import ROOT
 from test_checkpoints import ends_with
 
-from scaletrain import Data, build, main, start, validate
+from scaletrain import Data, build, load_weights, main, start, validate
 
 pytestmark = pytest.mark.filterwarnings("ignore:No (positive|negative) samples")  # of two examples' AUROC
 N = 101
@@ -176,3 +179,67 @@ def test_a_value_for_each_class_can_be_monitored_and_their_name_alone_cannot(tmp
     assert main(one, [*argv, "--monitor", "max:val_p/bee"]).best >= 0
     said = ends_with(2, capsys, lambda: main(one, ["--max-steps", "3", "--monitor", "max:val_p"]))
     assert "val_p/ant, val_p/bee, val_p/cow" in said
+
+
+@pytest.mark.parametrize(
+    ("made", "says"),
+    [
+        (lambda of: [of.MulticlassAUROC(3)], "metrics returned a list; return torchmetrics objects by name"),
+        (lambda of: {"a": of.MulticlassAUROC}, "metrics returned the class MulticlassAUROC as 'a'; return an object"),
+        (lambda of: {"a": of.MulticlassAUROC(7)}, "the metric 'a' cannot take what evaluate returns as outputs: "),
+        (lambda of: {"roc": of.MulticlassROC(3)}, "the metric 'roc' is a tuple; only numbers can be recorded"),
+        (lambda of: {"loss": of.MulticlassF1Score(3)}, "evaluate returns 'loss', which is also the name of another"),
+    ],
+)
+def test_metrics_that_cannot_work_are_one_line(made, says, capsys):
+    from torchmetrics import classification
+
+    wrong = replace(recipe, metrics=lambda cfg, data: made(classification))
+    assert says in ends_with(2, capsys, lambda: main(wrong, ["--max-steps", "1"]))
+
+
+def test_evaluate_cannot_take_the_name_of_the_count(capsys):
+    wrong = replace(recipe, evaluate=lambda *given: {**evaluate(*given), "examples": torch.tensor(3.0)})
+    said = ends_with(2, capsys, lambda: main(wrong, ["--max-steps", "1"]))
+    assert "evaluate returns 'examples', which is also the name of another figure" in said
+
+
+def test_a_metric_that_one_example_is_too_few_for_is_measured_on_all(tmp_path):
+    from sklearn.metrics import r2_score
+
+    def objects(cfg, data):
+        from torchmetrics.regression import R2Score
+
+        return {"r2": R2Score()}
+
+    def outputs(model, batch, cfg):
+        return {**tiny.evaluate(model, batch, cfg), "outputs": (model(batch["x"])[:, 0], batch["x"][:, 0])}
+
+    run = start(
+        replace(recipe, metrics=objects, evaluate=outputs),
+        tiny.TinyConfig(double=True, max_steps=1, batch_size=1, out=str(tmp_path)),
+    )
+    x = torch.from_numpy(tiny.table(N, seed=1)["x"])
+    with torch.no_grad():
+        wanted = r2_score(x[:, 0], run.module(x)[:, 0])
+    assert validate(run)["val_r2"] == pytest.approx(wanted, rel=1e-6)
+
+
+def test_the_test_is_measured_on_the_best_weights(tmp_path):
+    result = main(recipe, ["--max-steps", "40", "--lr", "3", "--validate-every", "1", "--out", str(tmp_path / "run")])
+    assert result.best_step < result.step
+    net = load_weights(tiny.model(tiny.TinyConfig(), None), tmp_path / "run")
+    table = tiny.table(7, seed=2)
+    with torch.no_grad():
+        best = F.cross_entropy(net(torch.from_numpy(table["x"]).float()), torch.from_numpy(table["y"]))
+    assert result.metrics["test_loss"] == pytest.approx(best.item(), rel=1e-5)
+
+
+def test_torchmetrics_is_imported_by_recipes_that_use_it_alone():
+    program = (
+        "import sys, tempfile; sys.path.insert(0, 'tests'); import tiny; from scaletrain import main\n"
+        "main(tiny.recipe, ['--max-steps', '2', '--out', tempfile.mkdtemp()])\n"
+        "assert not {'torchmetrics', 'kornia', 'sklearn', 'wandb', 'tensorboard'} & set(sys.modules)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr

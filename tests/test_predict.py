@@ -129,3 +129,19 @@ def test_the_command_names_a_recipe_that_is_not_there(tmp_path, capsys):
         command(["predict", "nowhere.py", "--weights", str(tmp_path), "--to", "x.npz"])
     assert ended.value.code == 2
     assert "nowhere.py: no such recipe" in capsys.readouterr().err
+
+
+def test_what_cannot_be_predicted_is_one_line(tmp_path):
+    run = trained(tmp_path / "run")
+    with pytest.raises(InputError, match=r"the data has no split 'foo'; it has train, val"):
+        predict(recipe, run, split="foo")
+    wrong = replace(recipe, predict=lambda model, batch, cfg: model(batch["x"]))
+    with pytest.raises(InputError, match=r"predict returned a Tensor; return a dict of columns"):
+        predict(wrong, run)
+
+
+def test_a_column_may_have_any_name(tmp_path):
+    run = trained(tmp_path / "run")
+    odd = replace(recipe, predict=lambda model, batch, cfg: {"file": model(batch["x"])})
+    predict(odd, run, to=tmp_path / "out.npz")
+    assert np.load(tmp_path / "out.npz")["file"].shape == (53, 3)

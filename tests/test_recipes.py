@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from launching import RECIPES, ROOT
+from test_checkpoints import ends_with
 
 from recipes import cnn, cnn_own_loop, cnn_sam, mlp
 from scaletrain import main, start, steps
@@ -159,3 +160,28 @@ def test_a_recipe_answers_help_with_every_options_meaning(name):
 def test_recipes_stay_short():
     for path in (ROOT / "recipes").glob("*.py"):
         assert path.read_text().count("\n") <= 150
+
+
+def own_table(folder, label):
+    rng = np.random.default_rng(0)
+    kinds = np.array(["cat", "dog", "owl"])[np.arange(60) % 3]
+    lines = [
+        f"{a:.3f},{b:.3f},{kind}" for a, b, kind in zip(rng.normal(size=60), rng.normal(size=60), kinds, strict=True)
+    ]
+    (folder / "own.csv").write_text(f"height,width,{label}\n" + "\n".join(lines) + "\n")
+    return str(folder / "own.csv")
+
+
+def test_a_recipe_trains_on_a_users_own_file(tmp_path):
+    result = main(mlp.recipe, ["--data", own_table(tmp_path, "label"), "--max-steps", "3"])
+    assert result.metrics["val_examples"] == 12
+    np.savez(tmp_path / "own.npz", features=np.random.default_rng(0).normal(size=(60, 2)), label=np.arange(60) % 3)
+    assert main(mlp.recipe, ["--data", str(tmp_path / "own.npz"), "--max-steps", "3"]).metrics["val_examples"] == 12
+
+
+def test_a_recipe_says_what_its_data_lacks(tmp_path, capsys):
+    said = ends_with(2, capsys, lambda: main(mlp.recipe, ["--data", own_table(tmp_path, "species")]))
+    assert "the data has no class labels; call their column label, labels, class, target or y" in said
+    np.savez(tmp_path / "own.npz", pixels=np.zeros((60, 2)), label=np.arange(60) % 3)
+    said = ends_with(2, capsys, lambda: main(mlp.recipe, ["--data", str(tmp_path / "own.npz")]))
+    assert "there is no column 'features'; the columns are 'pixels', 'label'" in said
