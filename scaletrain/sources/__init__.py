@@ -14,7 +14,7 @@ ARRAYS = (".npy", ".npz")
 
 
 def load(
-    source: str | Path | Mapping[str, Any],
+    source: Any,
     *,
     columns: Mapping[str, str | Sequence[str]] | None = None,
     image_size: int | None = None,
@@ -25,8 +25,8 @@ def load(
     """Load training data and hold out ``val_share`` of it where the source has no validation split of its own.
 
     ``source`` is a built-in name (digits, iris, wine, breast_cancer, diabetes, stdlib), a file (CSV, TSV, JSON lines,
-    Parquet, Arrow, text, .npy, .npz, .bin), a folder of images or in the layout of a Hub data set, a Hub id, or
-    columns in memory. What the columns are called:
+    Parquet, Arrow, text, .npy, .npz, .bin), a folder of images or in the layout of a Hub data set, a Hub id (or
+    id:config), a dict of columns in memory, or a datasets.Dataset or DatasetDict. What the columns are called:
 
     * ``features`` (N, F) float32: the numeric columns of a table side by side;
     * ``image`` (N, 3, S, S) float32 in [0, 1], with ``image_size`` S;
@@ -39,11 +39,13 @@ def load(
     held out depends on (``split_seed``, index) alone, the same share of each class; with ``split_seed`` None all are
     kept. Raises InputError for what cannot be read, naming file, column and row.
     """
-    if isinstance(source, Mapping):
+    if isinstance(source, Mapping) and not hasattr(source, "num_rows"):  # a DatasetDict has one for each split
         return with_held_out(
             Data(train=arrays.chosen(dict(source), columns, "the columns given")), split_seed, val_share
         )
-    name, path = str(source), Path(source)
+    if not isinstance(source, str | Path):
+        return to_splits(files.given(source), "the dataset given", columns, image_size, split_seed, val_share)
+    name, path = str(source), Path(source).expanduser()
     if length is not None:
         return tokens.load(name, length, split_seed, val_share)
     if name in builtin.NAMES:
@@ -51,9 +53,13 @@ def load(
         if columns is not None:
             data.train = arrays.chosen(data.train, columns, name)
         return with_held_out(data, split_seed, val_share)
-    if path.suffix in ARRAYS:
+    if path.suffix.lower() in ARRAYS:
         return with_held_out(Data(train=arrays.read(path, columns)), split_seed, val_share)
-    tables = files.read(path) if path.exists() else files.download(name)
+    folder, _, config = str(path).partition(":")
+    if config and Path(folder).is_dir():
+        tables = files.read(Path(folder), config)
+    else:
+        tables = files.read(path) if path.exists() else files.download(name)
     return to_splits(tables, name, columns, image_size, split_seed, val_share)
 
 

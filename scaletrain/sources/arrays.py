@@ -16,7 +16,7 @@ def read(path: Path, columns: Mapping[str, str | Sequence[str]] | None) -> dict[
     Raises InputError naming the file and the array.
     """
     try:
-        if path.suffix == ".npy":
+        if path.suffix.lower() == ".npy":
             found = {"features": open_npy(path)}
         else:
             with path.open("rb") as raw, np.lib.npyio.NpzFile(raw, allow_pickle=False) as file:
@@ -24,7 +24,7 @@ def read(path: Path, columns: Mapping[str, str | Sequence[str]] | None) -> dict[
     except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise unreadable(path, error) from None
     for name, array in found.items():
-        if array.dtype.kind == "f" and path.suffix == ".npz" and not np.isfinite(array).all():
+        if array.dtype.kind == "f" and path.suffix.lower() == ".npz" and not np.isfinite(array).all():
             row = int(np.argwhere(~np.isfinite(array))[0][0])
             raise InputError(
                 f"{path}: array '{name}' row {row} holds {'NaN or infinity'}; fill it in or leave the row out"
