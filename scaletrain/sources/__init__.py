@@ -31,18 +31,20 @@ def load(
     * ``features`` (N, F) float32: the numeric columns of a table side by side;
     * ``image`` (N, 3, S, S) float32 in [0, 1], with ``image_size`` S;
     * ``label`` (N,) int64: a column of class labels, or one called label, labels, class, target or y;
+    * ``target`` (N,) float32: numbers called target or y, more than 50 different ones and than a tenth of the rows;
     * ``tokens`` (N, length + 1) int64, with ``length``: a text file's bytes, a .bin of uint16 or a .npy of integers
       cut into windows that overlap by one, held out at the end;
     * all others keep their names.
 
     ``columns`` chooses instead, as in ``{"features": ["height", "width"], "label": "species"}``. Which examples are
     held out depends on (``split_seed``, index) alone, the same share of each class; with ``split_seed`` None all are
-    kept. Raises InputError for what cannot be read, naming file, column and row.
+    kept, as for prediction: then the label and the target that ``columns`` names may be missing, and one class will do.
+    Raises InputError for what cannot be read, naming file, column and row; a broken training image only when it is
+    read, since ``--skip-bad`` may replace it.
     """
+    arrays.check(columns)
     if isinstance(source, Mapping) and not hasattr(source, "num_rows"):  # a DatasetDict has one for each split
-        return with_held_out(
-            Data(train=arrays.chosen(dict(source), columns, "the columns given")), split_seed, val_share
-        )
+        return _from_arrays(source, columns, "the columns given", split_seed, val_share)
     if not isinstance(source, str | Path):
         return to_splits(files.given(source), "the dataset given", columns, image_size, split_seed, val_share)
     name, path = str(source), Path(source).expanduser()
@@ -54,13 +56,30 @@ def load(
             data.train = arrays.chosen(data.train, columns, name)
         return with_held_out(data, split_seed, val_share)
     if path.suffix.lower() in ARRAYS:
-        return with_held_out(Data(train=arrays.read(path, columns)), split_seed, val_share)
+        return _from_arrays(arrays.read(path), columns, name, split_seed, val_share)
     folder, _, config = str(path).partition(":")
     if config and Path(folder).is_dir():
         tables = files.read(Path(folder), config)
     else:
         tables = files.read(path) if path.exists() else files.download(name)
     return to_splits(tables, name, columns, image_size, split_seed, val_share)
+
+
+def _from_arrays(
+    found: Mapping[str, Any],
+    columns: Mapping[str, str | Sequence[str]] | None,
+    where: str,
+    split_seed: int | None,
+    val_share: float,
+) -> Data:
+    if columns is not None and split_seed is None:
+        columns = arrays.without_missing_labels(columns, found)
+    train = arrays.chosen(found, columns, where)
+    try:
+        data = Data(train=train)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
+    return with_held_out(arrays.with_whole_labels(data, where), split_seed, val_share)
 
 
 __all__ = ["InputError", "load"]
