@@ -147,6 +147,16 @@ def test_every_table_of_a_folder_counts_and_splits_are_those_of_the_hub(tmp_path
     refused("tables of several kinds, as .*parquet and .*csv; leave one", tmp_path / "parts")
 
 
+def test_a_test_table_may_lack_the_label_and_other_splits_have_the_same_columns(tmp_path):
+    table(tmp_path / "one/train.csv")
+    table(tmp_path / "one/test.csv", x=list(range(5)))
+    assert kept(load(tmp_path / "one")) == {"train": 16, "val": 4}
+    table(tmp_path / "one/val.csv", x=list(range(5)))
+    refused("one: val has no column 'label'", tmp_path / "one")
+    table(tmp_path / "one/val.csv", x=list(range(5)), label=["a"] * 5)
+    refused("one: val: column 'label' holds .*string, in training int64", tmp_path / "one")
+
+
 def test_a_folder_with_several_configs_is_asked_for_one(tmp_path):
     for name in ("a", "b"):
         table(tmp_path / f"sets/{name}/train.parquet", 20 if name == "a" else 10)

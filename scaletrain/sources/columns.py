@@ -43,12 +43,11 @@ def to_splits(
     least = 2 if split_seed is not None else 1
     values, names = (None, None) if label is None else classes(tables["train"], label, where, least)
     splits = {}
+    if "test" in tables and label not in (None, *tables["test"].features):
+        tables = {split: table for split, table in tables.items() if split != "test"}  # as competitions have them
     for split in ("train", "val", "test"):
         if split in tables:
-            for column in wanted:
-                for source in column.sources:
-                    if source not in tables[split].features:
-                        raise no_such_column(f"{where}: {split}", source, tables[split].features)
+            _check_alike(tables[split].features, features, wanted, f"{where}: {split}")
             splits[split] = Table(
                 tables[split], wanted, values, image_size, where if split == "train" else f"{where}: {split}"
             )
@@ -62,6 +61,17 @@ def to_splits(
     for split in ("train", "val", "test"):
         setattr(data, split, in_memory(getattr(data, split), bad_images=split == "train"))
     return Data(data.train, data.val, data.test, names)  # checked once more, as tensors
+
+
+def _check_alike(features: Mapping[str, Any], others: Mapping[str, Any], wanted: list[Column], where: str) -> None:
+    """Raise InputError for a column of a split that is not there, or is of another kind than in training."""
+    for source in (source for column in wanted for source in column.sources):
+        if source not in features:
+            raise no_such_column(where, source, features)
+        if kind_of(features[source]) != kind_of(others[source]):
+            raise InputError(
+                f"{where}: column '{source}' holds {_type(features[source])}, in training {_type(others[source])}"
+            )
 
 
 def in_memory(examples: Table | Part | None, *, bad_images: bool) -> Any:

@@ -138,13 +138,16 @@ def _images(path: Path, names: Sequence[str], images: Sequence[str], datasets: A
     )
 
 
-def _tables(kind: str, splits: Mapping[str, Sequence[Path]], datasets: Any) -> Any:
+def _tables(kind: str, splits: Mapping[str, Sequence[Path]], datasets: Any) -> Tables:
     """Read files of one kind, which datasets converts once and keeps; by their content too, not by time alone."""
     paths = [path for part in splits.values() for path in part]
     options = {"sep": _separator(paths[0])} if kind == "csv" else {}
-    files = {split: [glob.escape(str(path.resolve())) for path in part] for split, part in splits.items()}
     cache = Path(datasets.config.HF_DATASETS_CACHE) / "scaletrain" / _content(paths)
-    return _load(kind, data_files=files, cache_dir=str(cache), **options)
+    tables = {}
+    for split, part in splits.items():  # each by itself: a test split may lack the label
+        files = [glob.escape(str(path.resolve())) for path in part]
+        tables[split] = _load(kind, data_files={"train": files}, split="train", cache_dir=str(cache), **options)
+    return tables
 
 
 def _separator(path: Path) -> str:
