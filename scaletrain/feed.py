@@ -15,7 +15,7 @@ from scaletrain.loader import HeldOut, Loader
 from scaletrain.order import Given, Order, Sequential, Share, Shuffled, Weighted, micro_batch_count
 from scaletrain.readers import ColumnReader, Reader, make_reader
 from scaletrain.recipe import Data, Recipe, fingerprint
-from scaletrain.sources.table import as_table
+from scaletrain.sources.table import as_table, check_readable
 from scaletrain.streams import Stream, StreamLoader, is_stream, shared_out
 from scaletrain.workers import chosen_workers
 
@@ -37,6 +37,8 @@ def load_data(recipe: Recipe, cfg: Config, devices: Devices) -> Data:
             raise InputError(f"data returned a {type(data).__name__}; return Data(train=..., val=...)")
         for split in ("train", "val", "test") if recipe.collate is None else ():
             setattr(data, split, as_table(getattr(data, split), split))
+        if not cfg.skip_bad:
+            check_readable(data.train)
         return data
 
     data = first_then_others(load, devices.control)

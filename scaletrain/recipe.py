@@ -24,6 +24,11 @@ IGNORED_LABEL = -100
 """The label that torch's cross entropy ignores by default."""
 MAPPED = "scaletrain_memory_map"
 """Attribute of a column that lies in a memory map of a file."""
+MANY_COLUMNS = {
+    "DataFrame": "give datasets.Dataset.from_pandas(frame), or load(...) a file of it",
+    "DatasetDict": "give one of its splits to each of train, val and test, or all of it to load",
+}
+"""Objects that look like columns and are none."""
 Metric = Tensor | tuple[Tensor, Tensor]
 Hook = Callable[[Any, Any], None]
 
@@ -80,6 +85,8 @@ class Data:
     def __post_init__(self) -> None:
         for split in ("train", "val", "test"):
             examples = getattr(self, split)
+            if type(examples).__name__ in MANY_COLUMNS:
+                raise InputError(f"{split} is a {type(examples).__name__}; {MANY_COLUMNS[type(examples).__name__]}")
             if isinstance(examples, Mapping):
                 setattr(self, split, _columns(examples, split, self.classes))
             elif examples is not None and (
@@ -255,7 +262,12 @@ def _as_tensor(column: Any, what: str) -> Tensor:
     if isinstance(column, Tensor):
         tensor = column.detach().cpu()
     else:
-        mapped, array = memory_map(column), np.asarray(column)
+        try:
+            mapped, array = memory_map(column), np.asarray(column)
+        except ValueError:  # lists in lists
+            sizes = [np.size(row) if not isinstance(row, list | tuple) else len(row) for row in column]
+            other = next((row for row, size in enumerate(sizes) if size != sizes[0]), 0)
+            raise InputError(f"{what} has rows of different lengths, the first is row {other}; pad them") from None
         if array.dtype.kind not in "biuf":
             raise InputError(f"{what} holds {array.dtype}; a column is numbers, one row an example")
         wider = {"u2": np.int32, "u4": np.int64, "u8": np.int64, "f16": np.float64}.get(array.dtype.str[1:])

@@ -1,6 +1,7 @@
 """From a name to training data: files, folders, arrays, tokens; what cannot be read is named in one line."""
 
 import json
+import shutil
 
 import datasets
 import numpy as np
@@ -13,7 +14,7 @@ from scaletrain.order import seed_for
 from scaletrain.recipe import Part, fingerprint
 from scaletrain.sources import files, split
 from scaletrain.sources.split import hold_out
-from scaletrain.sources.table import Table, as_table
+from scaletrain.sources.table import Table, as_table, check_readable
 
 N = 60
 
@@ -287,10 +288,22 @@ def test_a_label_that_training_does_not_know_is_named(tmp_path):
 
 
 def test_images_that_are_broken_of_other_sizes_or_of_one_class_are_named(tmp_path):
-    refused("the images have different sizes; give image_size", _mixed(tmp_path / "mixed"))
+    refused(
+        "the images have different sizes, 9 x 7 in row 0 and 4 x 4 in row 3; give image_size",
+        _mixed(tmp_path / "mixed"),
+    )
     folder = folder_of_images(tmp_path / "pets")
     (tmp_path / "pets/dog/4.png").write_bytes(b"no image")
-    refused(r"image .*dog/4\.png \(row 14\): cannot identify image file", folder, image_size=8)
+    named = r"image .*dog/4\.png \(row 14\): cannot identify image file"
+    with pytest.raises(InputError, match=named):
+        check_readable(load(folder, image_size=8, split_seed=None).train)
+    lazy = load(folder, image_size=8, split_seed=None).train
+    assert lazy.__getitems__([13, 15])["image"].shape == (2, 3, 8, 8)
+    with pytest.raises(InputError, match=named):
+        lazy.__getitems__([13, 14])
+    shutil.copytree(folder, tmp_path / "all/train")
+    shutil.copytree(folder, tmp_path / "all/val")
+    refused(named.replace("dog", "val/dog"), str(tmp_path / "all"), image_size=8)
     for i in range(10):
         (tmp_path / f"pets/cat/{i}.png").unlink()
     (tmp_path / "pets/cat").rmdir()

@@ -1,6 +1,7 @@
 """Which columns of a table are inputs and labels, and the way from tables to training data."""
 
 import difflib
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -8,12 +9,15 @@ import numpy as np
 
 from scaletrain.errors import InputError
 from scaletrain.recipe import Data, Part
-from scaletrain.sources.arrays import no_such_column
+from scaletrain.sources.arrays import no_such_column, without_missing_labels
+from scaletrain.sources.pictures import BadImageError
 from scaletrain.sources.split import COPIED_BYTES, RANKED, with_held_out
 from scaletrain.sources.table import Column, Table, kind_of
 
 LABELS = ("label", "labels", "class", "target", "y")
 """Names by which a column of labels is known, where its type does not tell."""
+TARGETS = ("target", "y")
+"""Those of them that may be a number to predict."""
 MOST_CLASSES = 10_000
 
 
@@ -30,18 +34,20 @@ def to_splits(
     ``tables`` maps train, val and test to a datasets.Dataset each; where there is no val, it is held out.
     Raises InputError for a column that is not there or holds what cannot be learned from.
     """
-    wanted = (
-        find(tables["train"].features, where) if columns is None else named(tables["train"].features, columns, where)
-    )
+    features = tables["train"].features
+    if columns is not None and split_seed is None:
+        filled = [name for name, feature in features.items() if getattr(feature, "dtype", "") != "null"]
+        columns = without_missing_labels(columns, filled)
+    wanted = find(tables["train"], where) if columns is None else named(features, columns, where)
     label = next((column.sources[0] for column in wanted if column.kind == "label"), None)
-    values, names = (None, None) if label is None else classes(tables["train"], label, where)
+    least = 2 if split_seed is not None else 1
+    values, names = (None, None) if label is None else classes(tables["train"], label, where, least)
     splits = {}
+    if "test" in tables and label not in (None, *tables["test"].features):
+        tables = {split: table for split, table in tables.items() if split != "test"}  # as competitions have them
     for split in ("train", "val", "test"):
         if split in tables:
-            for column in wanted:
-                for source in column.sources:
-                    if source not in tables[split].features:
-                        raise no_such_column(f"{where}: {split}", source, tables[split].features)
+            _check_alike(tables[split].features, features, wanted, f"{where}: {split}")
             splits[split] = Table(
                 tables[split], wanted, values, image_size, where if split == "train" else f"{where}: {split}"
             )
@@ -53,40 +59,64 @@ def to_splits(
         Data(splits["train"], splits.get("val"), splits.get("test"), names), split_seed, val_share, labels
     )
     for split in ("train", "val", "test"):
-        setattr(data, split, in_memory(getattr(data, split)))
+        setattr(data, split, in_memory(getattr(data, split), bad_images=split == "train"))
     return Data(data.train, data.val, data.test, names)  # checked once more, as tensors
 
 
-def in_memory(examples: Table | Part | None) -> Any:
-    """Return the columns as tensors where they are numbers and small; else ``examples`` as they are."""
+def _check_alike(features: Mapping[str, Any], others: Mapping[str, Any], wanted: list[Column], where: str) -> None:
+    """Raise InputError for a column of a split that is not there, or is of another kind than in training."""
+    for source in (source for column in wanted for source in column.sources):
+        if source not in features:
+            raise no_such_column(where, source, features)
+        if kind_of(features[source]) != kind_of(others[source]):
+            raise InputError(
+                f"{where}: column '{source}' holds {_type(features[source])}, in training {_type(others[source])}"
+            )
+
+
+def in_memory(examples: Table | Part | None, *, bad_images: bool) -> Any:
+    """Return the columns as tensors where they are numbers and small; else ``examples`` as they are.
+
+    So they stay too where ``bad_images`` may be replaced as they are read, and there is one.
+    """
     if examples is None:
         return None
     whole = examples.whole if isinstance(examples, Part) else examples
     if any(column.kind == "text" for column in whole.columns):
         return examples
-    row_bytes = sum(column.nbytes for column in whole.__getitems__([0]).values())
-    if row_bytes * len(examples) > COPIED_BYTES:
-        return examples
     rows = np.arange(len(examples))
     if isinstance(examples, Part):
         rows = examples.rows(rows)
     try:
-        return whole.__getitems__(rows)
-    except RuntimeError as error:  # torch.stack
-        if "equal size" not in str(error):
+        row_bytes = sum(column.nbytes for column in whole.__getitems__(rows[:1]).values())
+        return examples if row_bytes * len(examples) > COPIED_BYTES else whole.__getitems__(rows)
+    except BadImageError as error:
+        if not bad_images:
             raise
-        raise InputError(f"{whole.where}: the images have different sizes; give image_size") from None
+        whole.unreadable = error
+        return examples
 
 
-def find(features: Mapping[str, Any], where: str) -> list[Column]:
-    """Choose columns by type and name: image, label, text, lists of numbers, and single numbers as ``features``."""
+def find(table: Any, where: str) -> list[Column]:
+    """Choose columns by type and name: image, label, text, lists of numbers, and single numbers as ``features``.
+
+    A column called target or y with many different numbers is a number to predict, ``target``: more than 50 and
+    than a tenth of the rows. Warns of columns of other types, which are left out.
+    """
+    features = table.features
     kinds = {name: kind_of(feature) for name, feature in features.items()}
     label = next((name for name, kind in kinds.items() if kind == "classes"), None)
-    label = label or next((name for name in LABELS if kinds.get(name) in ("number", "text")), None)
+    named = [name for name in LABELS if kinds.get(name) in ("number", "text")]
+    target = next((name for name in named if name in TARGETS and _many_values(table, name, kinds[name])), None)
+    label = label or next((name for name in named if name != target), None)
+    if label is not None:
+        target = None
     found, singles = [], []
     for name, kind in kinds.items():
         if name == label:
             found.append(Column("label", (name,), "label"))
+        elif name == target:
+            found.append(Column("target", (name,), "numbers"))
         elif kind == "number":
             singles.append(name)
         elif kind in ("numbers", "text"):
@@ -95,11 +125,32 @@ def find(features: Mapping[str, Any], where: str) -> list[Column]:
             found.append(Column("image" if "image" not in (c.name for c in found) else name, (name,), "image"))
     if singles:
         found.append(Column("features", tuple(singles), "stacked"))
-    if not any(column.kind != "label" for column in found):
+    if all(column.name in ("label", "target") for column in found):
         raise InputError(
             f"{where} has no column to learn from; it has {', '.join(f'{n!r} ({f})' for n, f in features.items())}"
         )
+    left_out = [f"'{name}' ({_type(features[name])})" for name, kind in kinds.items() if kind == "other"]
+    if left_out:
+        warnings.warn(
+            f"{where}: left out {', '.join(left_out)}, neither numbers nor text nor images; name the columns you want "
+            "with columns={...}",
+            stacklevel=2,
+        )
     return sorted(found)
+
+
+def _many_values(table: Any, name: str, kind: str) -> bool:
+    """Whether a column of numbers has more than 50 different ones, and than a tenth of the rows."""
+    import pyarrow.compute as pc
+
+    if kind != "number":
+        return False
+    column = table.with_format("arrow").select_columns([name])[:][name]
+    return bool(pc.count_distinct(column).as_py() > max(50, len(column) / 10))
+
+
+def _type(feature: Any) -> str:
+    return getattr(feature, "dtype", None) or type(feature).__name__
 
 
 def named(features: Mapping[str, Any], columns: Mapping[str, str | Sequence[str]], where: str) -> list[Column]:
@@ -124,14 +175,17 @@ def named(features: Mapping[str, Any], columns: Mapping[str, str | Sequence[str]
     return found
 
 
-def classes(table: Any, label: str, where: str) -> tuple[list[Any] | None, list[str]]:
-    """Return the values of the label column in order, None where it counts classes already, and the classes' names."""
+def classes(table: Any, label: str, where: str, least: int = 2) -> tuple[list[Any] | None, list[str]]:
+    """Return the values of the label column in order, None where it counts classes already, and the classes' names.
+
+    Raises InputError for fewer than ``least``.
+    """
     import pyarrow.compute as pc
 
     feature = table.features[label]
     if type(feature).__name__ == "ClassLabel":
         names = list(feature.names)
-        if len(names) < 2:
+        if len(names) < least:
             raise InputError(
                 f"{where} has one class, {names[0] if names else 'none'!r}; there is nothing to tell apart"
             )
@@ -149,9 +203,10 @@ def classes(table: Any, label: str, where: str) -> tuple[list[Any] | None, list[
             f"{where}: column '{label}' is {fractions[0]} in row {row} (counted from 0), but labels are whole numbers "
             f"or names; for a number to predict, name it otherwise: columns={{'target': '{label}', ...}}"
         )
-    if not 2 <= len(values) <= MOST_CLASSES:
+    if not least <= len(values) <= MOST_CLASSES:
         raise InputError(
-            f"{where}: column '{label}' has {len(values)} different values; 2 to {MOST_CLASSES} classes are expected"
+            f"{where}: column '{label}' has {len(values)} different values; "
+            f"{least} to {MOST_CLASSES} classes are expected"
         )
     values = sorted(values)
     return values, [str(int(value)) if isinstance(value, float) else str(value) for value in values]

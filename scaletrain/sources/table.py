@@ -1,8 +1,7 @@
 """Rows of an Arrow table, many at a time, as tensors."""
 
 import hashlib
-import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -12,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from scaletrain.errors import InputError
+from scaletrain.sources import pictures
 
 
 class Column(NamedTuple):
@@ -19,7 +19,7 @@ class Column(NamedTuple):
 
     name: str
     sources: tuple[str, ...]
-    kind: Literal["numbers", "stacked", "label", "image", "text"]
+    kind: Literal["numbers", "integers", "stacked", "label", "image", "text"]
 
 
 class Table:
@@ -34,6 +34,8 @@ class Table:
         """``classes`` are the values of the label column, sorted; None where it counts classes already."""
         self.columns, self.classes, self.image_size, self.where = columns, classes, image_size, where
         self.arrow = dataset.with_format("arrow")
+        self.unreadable: InputError | None = None
+        """What is wrong with an image of it, where that is known already."""
 
     def __len__(self) -> int:
         return len(self.arrow)
@@ -78,28 +80,45 @@ class Table:
     def _read(self, column: Column, table: Any, rows: NDArray[np.int64]) -> Any:
         found = [table[source] for source in column.sources]
         if column.kind == "text":
-            return found[0].to_pylist()
+            return self._text(found[0], column.sources[0], rows)
         if column.kind == "image":
-            pictures = found[0].to_pylist()
-            return torch.stack([self._image(picture, row) for picture, row in zip(pictures, rows, strict=True)])
+            return self._images(found[0].to_pylist(), rows)
         if column.kind == "label":
             return torch.from_numpy(self._classes(found[0], column, rows))
         arrays = [self._numbers(one, source, rows) for one, source in zip(found, column.sources, strict=True)]
         if column.kind == "stacked":
             return torch.from_numpy(np.stack([array.astype(np.float32) for array in arrays], axis=1))
-        return torch.from_numpy(arrays[0])
+        if column.kind == "integers":
+            return torch.from_numpy(arrays[0].astype(np.int64))
+        return torch.from_numpy(arrays[0].astype(np.float32) if column.name == "target" else arrays[0])
+
+    def _text(self, column: Any, source: str, rows: NDArray[np.int64]) -> list[str]:
+        if column.null_count:
+            raise self._bad(source, rows, np.asarray(column.is_null()), "has no text")
+        texts: list[str] = column.to_pylist()
+        return texts
 
     def _numbers(self, column: Any, source: str, rows: NDArray[np.int64]) -> NDArray[Any]:
-        if column.null_count:
-            raise self._bad(source, rows, np.asarray(column.is_null()), "is missing")
-        array = to_numpy(column)
-        if array is None:
-            raise InputError(f"{self.where}: column '{source}' has rows of different lengths; pad them with collate")
+        array = to_numpy(column, lambda bad, what: self._bad(source, rows, bad, what))
         if array.dtype.kind == "f":
-            bad = ~np.isfinite(array).reshape(len(array), -1).all(axis=1)
+            with np.errstate(over="ignore"):
+                finite = np.isfinite(array.astype(np.float32, copy=False))  # what models compute in
+            bad = np.asarray(~finite.reshape(len(array), -1).all(axis=1))
             if bad.any():
-                raise self._bad(source, rows, bad, "is NaN or infinite")
+                too_large = np.isfinite(array[int(np.argmax(bad))]).all()
+                raise self._bad(source, rows, bad, "is too large for float32" if too_large else "is NaN or infinite")
         return array if array.flags.writeable else array.copy()
+
+    def _images(self, found: list[Any], rows: NDArray[np.int64]) -> Tensor:
+        images = [pictures.read(one, self.image_size, self.where, row) for one, row in zip(found, rows, strict=True)]
+        for image, row in zip(images, rows, strict=True):
+            if image.shape != images[0].shape:
+                first, other = (f"{one.shape[2]} x {one.shape[1]}" for one in (images[0], image))
+                raise InputError(
+                    f"{self.where}: the images have different sizes, {first} in row {rows[0]} "
+                    f"and {other} in row {row}; give image_size"
+                )
+        return torch.stack(images)
 
     def _classes(self, column: Any, target: Column, rows: NDArray[np.int64]) -> NDArray[np.int64]:
         source = target.sources[0]
@@ -119,21 +138,6 @@ class Table:
         if len(places) and places.min() < 0:
             raise self._bad(source, rows, places < 0, "has no label")
         return places
-
-    def _image(self, picture: dict[str, Any], row: int) -> Tensor:
-        from PIL import Image
-
-        name = picture["path"] or f"{self.where} row {row}"
-        try:
-            with Image.open(picture["path"] if picture["bytes"] is None else io.BytesIO(picture["bytes"])) as opened:
-                image = opened.convert("RGB")
-                if self.image_size is not None:
-                    image = image.resize((self.image_size, self.image_size), Image.Resampling.BILINEAR)
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            reason = str(error).partition("<_io")[0].strip() or type(error).__name__
-            raise InputError(f"image {name} (row {row}): {reason}") from None
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # (3, H, W) uint8
-        return pixels.float() / 255
 
     def _bad(self, source: str, rows: NDArray[np.int64], bad: NDArray[np.bool_], what: str) -> InputError:
         row = int(rows[int(np.argmax(bad))])
@@ -155,34 +159,72 @@ def kind_of(feature: Any) -> str:
 
 
 def as_table(examples: Any, where: str) -> Any:
-    """Return a datasets.Dataset of numbers as a Table, which reads it 100 times as fast; anything else as it is.
+    """Return a datasets.Dataset of numbers and text as a Table, which reads it 100 times as fast; else it as it is.
 
-    One that has a transform of its own is left alone.
+    Whole numbers in a column ``label`` become int64. One that has a transform of its own is left alone.
     """
     if not type(examples).__module__.startswith("datasets.") or not hasattr(examples, "__len__"):
         return examples
     kinds = {name: kind_of(feature) for name, feature in examples.features.items()}
     shown = examples.format["columns"]
-    plain = all(kinds[name] in ("number", "numbers", "classes") for name in shown)
+    plain = all(kinds[name] in ("number", "numbers", "classes", "text") for name in shown)
     if not plain or examples.format["type"] not in (None, "torch", "numpy", "arrow"):
         return examples
-    return Table(examples, [Column(name, (name,), "numbers") for name in shown], None, None, where)
+    columns = [Column(name, (name,), "text" if kinds[name] == "text" else "numbers") for name in shown]
+    if "label" in shown and _is_whole(examples, "label"):
+        columns = [column._replace(kind="integers") if column.name == "label" else column for column in columns]
+    return Table(examples, columns, None, None, where)
 
 
-def to_numpy(column: Any) -> NDArray[Any] | None:
-    """Return an Arrow column of numbers, or of lists of equal length, as one array; None where lengths differ."""
+def _is_whole(examples: Any, name: str) -> bool:
+    """Whether all of a column are whole numbers: a float column has to be read to know it."""
+    import pyarrow.compute as pc
+
+    dtype = getattr(examples.features[name], "dtype", "")
+    if not dtype.startswith("float"):
+        return bool(dtype.startswith(("int", "uint")))
+    column = examples.with_format("arrow").select_columns([name])[:][name]
+    return bool(pc.all(pc.equal(column, pc.trunc(column))).as_py())
+
+
+def check_readable(examples: Any) -> None:
+    """Raise InputError for an image that loading found to be broken: a run that may replace none need not begin."""
+    found = getattr(getattr(examples, "whole", examples), "unreadable", None)
+    if found is not None:
+        raise InputError(str(found))
+
+
+def _bad_row(bad: NDArray[np.bool_], what: str) -> InputError:
+    return InputError(f"a column {what} in row {int(np.argmax(bad))} (counted from 0)")
+
+
+def to_numpy(column: Any, bad: Callable[[NDArray[np.bool_], str], InputError] = _bad_row) -> NDArray[Any]:
+    """Return an Arrow column of numbers, or of lists of equal length, as one array.
+
+    Raises what ``bad`` makes of the rows (N,) that miss a value or have another length, and a word on it.
+    """
     import pyarrow as pa
+
+    def check(wrong: Any, what: str) -> None:
+        mask = np.asarray(wrong)
+        if mask.any():
+            raise bad(np.asarray(mask.reshape(len(column), -1).any(axis=1)), what)
 
     shape = [len(column)]
     array = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
     while isinstance(array, pa.ExtensionArray):
         array = array.storage
     while pa.types.is_list(array.type) or pa.types.is_large_list(array.type) or pa.types.is_fixed_size_list(array.type):
+        check(array.is_null(), "is missing" if len(shape) == 1 else "misses a list")
         inner = array.flatten()
-        size = len(inner) // len(array) if len(array) else 0
-        if not pa.types.is_fixed_size_list(array.type) and not (np.diff(np.asarray(array.offsets)) == size).all():
-            return None
-        shape.append(size)
+        if not pa.types.is_fixed_size_list(array.type):
+            sizes = np.diff(np.asarray(array.offsets))
+            other = sizes != sizes[:1]
+            if other.any():
+                lengths = f"{sizes[other][0]} where others have {sizes[0]},"
+                check(other, f"has rows of different lengths (pad them), {lengths}")
+        shape.append(len(inner) // len(array) if len(array) else 0)
         array = inner
+    check(array.is_null(), "is missing" if len(shape) == 1 else "misses a number")
     numbers: NDArray[Any] = array.to_numpy(zero_copy_only=False)
     return numbers.reshape(shape)

@@ -12,6 +12,10 @@ from torch import Tensor
 from scaletrain.errors import InputError
 from scaletrain.recipe import Data
 from scaletrain.sources import arrays, builtin
+from scaletrain.sources.files import FORMATS, suffix_of
+from scaletrain.sources.folders import IMAGES
+
+NO_TOKENS = {*FORMATS, *IMAGES, ".npz", ".gz", ".zip", ".pt", ".pkl", ".safetensors", ".h5"}
 
 
 class Windows:
@@ -68,17 +72,20 @@ def load(name: str, length: int, split_seed: int | None, val_share: float) -> Da
 
 
 def _tokens(name: str) -> NDArray[np.integer]:
-    path = Path(name)
+    path = Path(name).expanduser()
     if name == builtin.TEXT:
         return builtin.library_bytes()
     if not path.is_file():
         raise InputError(f"{name}: no such file; tokens come from a text, .bin or .npy file, or from '{builtin.TEXT}'")
+    suffix = path.suffix.lower()
+    if suffix not in (".txt", ".bin", ".npy") and (suffix in NO_TOKENS or suffix_of(path) in NO_TOKENS):
+        raise InputError(f"{name} holds no tokens; they come from a text, a .bin or a .npy file")
     if path.stat().st_size == 0:
         raise InputError(f"{name} is empty")
-    if path.suffix == ".bin" and path.stat().st_size % 2:
+    if suffix == ".bin" and path.stat().st_size % 2:
         raise InputError(f"{name} has an odd number of bytes; a .bin holds tokens of two bytes each")
-    if path.suffix != ".npy":
-        return np.memmap(path, dtype=np.uint16 if path.suffix == ".bin" else np.uint8, mode="r").view(np.ndarray)
+    if suffix != ".npy":
+        return np.memmap(path, dtype=np.uint16 if suffix == ".bin" else np.uint8, mode="r").view(np.ndarray)
     tokens = arrays.open_npy(path)
     if tokens.ndim != 1 or tokens.dtype.kind not in "iu":
         raise InputError(f"{path} holds {tokens.dtype} of shape {tokens.shape}; tokens are one row of integers")
