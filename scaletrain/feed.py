@@ -1,7 +1,5 @@
 """From a recipe's data to what one process reads: training in steps, the held-out splits once each."""
 
-import random
-
 import numpy as np
 import torch
 from torch import nn
@@ -13,10 +11,11 @@ from scaletrain.devices import Devices
 from scaletrain.errors import InputError
 from scaletrain.loader import HeldOut, Loader
 from scaletrain.order import Given, Order, Sequential, Share, Shuffled, Weighted, micro_batch_count
+from scaletrain.randomness import seed_all
 from scaletrain.readers import ColumnReader, Reader, make_reader
-from scaletrain.recipe import Data, Recipe, fingerprint
+from scaletrain.recipe import Data, Recipe, fingerprint, is_stream
 from scaletrain.sources.table import as_table
-from scaletrain.streams import Stream, StreamLoader, is_stream, shared_out
+from scaletrain.streams import Stream, StreamLoader, shared_out
 from scaletrain.workers import chosen_workers
 
 RESIDENT_BYTES = 1 << 30
@@ -51,9 +50,8 @@ def load_data(recipe: Recipe, cfg: Config, devices: Devices) -> Data:
 
 def seed_everything(seed: int) -> None:
     """Seed torch's, NumPy's and Python's global generators."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
+    torch.manual_seed(seed)  # accelerators too
+    seed_all(seed)
 
 
 def build_loaders(
@@ -116,7 +114,7 @@ def _from_stream(
         raise InputError("the training data is a stream, which has no length; say --max-steps")
     if data.order is not None:
         raise InputError("the training data is a stream, which has an order of its own; leave Data(order=...) out")
-    part = shared_out(data.train, devices.rank, devices.world_size, devices.control)
+    part = shared_out(data.train, devices.rank, devices.world_size, devices.control, divided=data.divided)
     stream = Stream(part, data.shuffle_buffer, cfg.seed, devices.rank)
     share = Share(Sequential(1), cfg.batch_size, devices.rank, devices.world_size)
     workers = 1 if cfg.workers is None else cfg.workers

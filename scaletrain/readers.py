@@ -1,7 +1,6 @@
 """From indices to a batch: one gather per column, many rows of a table at once, or example by example."""
 
 import mmap
-import random
 import traceback
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ from torch.utils.data import default_collate
 
 from scaletrain.errors import InputError
 from scaletrain.order import Indices, Order, seed_for
+from scaletrain.randomness import drew, random_states, seed_all, set_random_states
 from scaletrain.recipe import MAPPED, Batch, Columns, Part
 
 Request = tuple[Indices, Indices]
@@ -148,9 +148,9 @@ class BatchReader:
         rows = (indices if self.rows is None else self.rows(indices)).tolist()
         if self._checked:
             return self.dataset.__getitems__(rows)
-        before = _random_states()
+        before = random_states()
         found = self.dataset.__getitems__(rows)
-        if _drew(before):
+        if drew(before):
             raise InputError(
                 f"{type(self.dataset).__name__}.__getitems__ draws random numbers, so its examples would depend on the "
                 "number of processes; draw them in __getitem__ (without __getitems__), or in the recipe's augment"
@@ -229,14 +229,14 @@ def make_reader(examples: Any, collate: Collate | None, seed: int, *, double: bo
 
 def _is_random(dataset: Any) -> bool:
     """Whether reading an example draws random numbers, which is to depend on its position alone."""
-    before = _random_states()
+    before = random_states()
     try:
         dataset.__getitems__([0])
     except Exception:  # it will be met again
         return False
     finally:
-        drawn = _drew(before)
-        _set_random_states(before)
+        drawn = drew(before)
+        set_random_states(before)
     return drawn
 
 
@@ -301,13 +301,6 @@ def _kind(name: str, column: Tensor, double: bool) -> torch.dtype:
     return torch.int64 if name == "label" and whole else column.dtype
 
 
-def seed_all(seed: int) -> None:
-    """Seed the global generators of torch on the CPU, NumPy and Python."""
-    torch.default_generator.manual_seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
-    random.seed(seed)
-
-
 def narrow(batch: Batch) -> Batch:
     """Turn float64 into float32, which is what models compute in, and name the columns of a dict."""
     if isinstance(batch, Tensor):
@@ -318,19 +311,3 @@ def narrow(batch: Batch) -> Batch:
         leaves = [narrow(leaf) for leaf in batch]
         return type(batch)(*leaves) if hasattr(batch, "_fields") else type(batch)(leaves)
     return batch
-
-
-def _random_states() -> tuple[Any, ...]:
-    return torch.default_generator.get_state(), random.getstate(), np.random.get_state()
-
-
-def _drew(before: tuple[Any, ...]) -> bool:
-    """Whether somebody has drawn from a global generator since ``before``."""
-    now = _random_states()
-    return not torch.equal(now[0], before[0]) or now[1] != before[1] or str(now[2]) != str(before[2])
-
-
-def _set_random_states(states: tuple[Any, ...]) -> None:
-    torch.default_generator.set_state(states[0])
-    random.setstate(states[1])
-    np.random.set_state(states[2])

@@ -69,6 +69,8 @@ class Data:
     """Which example each position reads; default: shuffled anew in each epoch by the config's seed."""
     shuffle_buffer: int = 1000
     """Examples of a stream (an IterableDataset) that are shuffled together; 1 keeps its order."""
+    divided: bool = False
+    """The stream divides itself by rank: each process reads all that it gets, and nothing is compared."""
 
     def __post_init__(self) -> None:
         for split in ("train", "val", "test"):
@@ -79,7 +81,7 @@ class Data:
                 isinstance(examples, tuple | str)
                 or (
                     not (hasattr(examples, "__len__") and hasattr(examples, "__getitem__"))
-                    and not (split == "train" and hasattr(examples, "__iter__") and not hasattr(examples, "__len__"))
+                    and not (split == "train" and is_stream(examples))
                 )
             ):
                 raise InputError(
@@ -94,6 +96,8 @@ class Data:
             raise InputError("train is an iterator, which can be read once; give an IterableDataset")
         if self.train is None:
             raise InputError("train is None; a recipe learns from something")
+        if self.divided and not is_stream(self.train):
+            raise InputError(f"divided is for a stream, but train is a {type(self.train).__name__}; leave divided out")
 
     def sample(self, most: int = 10_000) -> Columns:
         """Return up to ``most`` training examples as columns, evenly spaced: to scale by, or to see what there is."""
@@ -109,6 +113,11 @@ class Data:
         found: Any = whole.__getitems__(rows.tolist()) if many else [whole[int(i)] for i in rows]
         collated: Columns = default_collate(found) if isinstance(found, list) else dict(found)
         return collated
+
+
+def is_stream(examples: Any) -> bool:
+    """Whether ``examples`` can be iterated, but neither counted nor indexed."""
+    return hasattr(examples, "__iter__") and not hasattr(examples, "__len__")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +173,7 @@ def fingerprint(data: Data) -> str:
     for split in ("train", "val", "test"):
         digest.update(split.encode())
         _digest(getattr(data, split), digest)
+    digest.update(b" divided" if data.divided else b"")
     return digest.hexdigest()
 
 
