@@ -101,7 +101,7 @@ class Data:
 
     def sample(self, most: int = 10_000) -> Columns:
         """Return up to ``most`` training examples as columns, evenly spaced: to scale by, or to see what there is."""
-        n = len(next(iter(self.train.values()))) if isinstance(self.train, Mapping) else len(self.train)
+        n = count(self.train)
         places = np.linspace(0, n - 1, min(n, most)).astype(np.int64)
         whole = self.train.whole if isinstance(self.train, Part) else self.train
         rows = self.train.rows(places) if isinstance(self.train, Part) else places
@@ -113,6 +113,11 @@ class Data:
         found: Any = whole.__getitems__(rows.tolist()) if many else [whole[int(i)] for i in rows]
         collated: Columns = default_collate(found) if isinstance(found, list) else dict(found)
         return collated
+
+
+def count(examples: Any) -> int:
+    """Return how many examples columns or a map-style dataset have."""
+    return len(next(iter(examples.values()))) if isinstance(examples, Mapping) else len(examples)
 
 
 def is_stream(examples: Any) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch.utils.data import DataLoader, IterableDataset
 
 from scaletrain import workers
 from scaletrain.agreement import gather_texts, together
@@ -19,7 +19,7 @@ from scaletrain.errors import InputError
 from scaletrain.loader import MicroBatch, copied_ahead, to_device
 from scaletrain.order import Share, seed_for, seeds_for, split
 from scaletrain.randomness import seed_all
-from scaletrain.readers import Collate, narrow, unreadable
+from scaletrain.readers import Collate, collated, narrow, unreadable
 from scaletrain.workers import Failure, answers_of, as_is, leave_signals, worker_is_lost
 
 COMPARED = 32
@@ -82,7 +82,9 @@ class Stream:
         except InputError:
             raise
         except Exception as error:
-            raise unreadable(error, f"example {read} of pass {done} of the stream", [read]) from error
+            raise unreadable(
+                error, f"example {read} of pass {done} of the stream", "mend it, or do not yield it"
+            ) from error
 
     def _open(self, done: int, source: Any) -> Any:
         dataset = copy.copy(self._dataset)
@@ -108,7 +110,7 @@ class StreamLoader:
         self.examples = steps * share.batch_size
         self.waited_seconds = 0.0
         self.bad: dict[int, str] = {}
-        self._collate, self._double = collate or default_collate, double
+        self._collate, self._double = collate, double
         self._counted = [part.stop - part.start for part in split(share.size, micro_batches)]
 
     @property
@@ -173,7 +175,7 @@ class StreamLoader:
         """Read one step; a process short of a micro-batch repeats its last example."""
         rows = list(islice(examples, self.share.size))
         parts = [rows[part] or rows[-1:] for part in split(len(rows), self.micro_batches)]
-        batches = [self._collate(part) for part in parts]
+        batches = [collated(self._collate, part) for part in parts]
         return batches if self._double else [narrow(batch) for batch in batches]
 
 
@@ -283,7 +285,9 @@ def _sample(dataset: Any) -> list[str]:
     try:
         examples = list(islice(iter(copy.copy(dataset)), COMPARED))
     except Exception as error:
-        raise unreadable(error, f"one of the first {COMPARED} examples of the stream", []) from error
+        raise unreadable(
+            error, f"one of the first {COMPARED} examples of the stream", "mend it, or do not yield it"
+        ) from error
     try:
         return [content_hash(example)[:16] for example in examples]
     except TypeError as error:

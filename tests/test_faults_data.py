@@ -239,6 +239,33 @@ def test_bad_examples_are_replaced_by_the_same_ones_also_when_the_run_goes_on(tm
     report("L3 three bad examples, resumed", amount(19, 2) * 2, "the same replacements, all bits equal")
 
 
+@pytest.mark.parametrize(
+    ("order", "allowed"),
+    [
+        (Given(np.arange(50)), range(50)),
+        (Weighted(np.where(np.arange(101) % 2, 1.0, 0.0)), range(1, 101, 2)),
+    ],
+    ids=["given", "weighted"],
+)
+def test_a_bad_example_is_replaced_by_one_of_the_order_also_on_other_workers_and_processes(order, allowed):
+    bad = corrupt(*(i for i in allowed if i % 5 == 2))
+    wanted = []
+    for world_size, workers in ((1, 0), (1, 1), (2, 0), (3, 0)):
+        parts = []
+        for rank in range(world_size):
+            reader = ExampleReader(Noisy(bad), seed=3, instead=order)
+            share = Share(order, 10, rank, world_size)
+            parts.append(rows_of(Loader(reader, share, 1, workers=workers, device=CPU, most_bad=101), 0, 21))
+            parts[-1][7:] = rows_of(Loader(reader, share, 1, workers=workers, device=CPU, most_bad=101), 70, 14)
+        found = [list(chain(*step)) for step in zip(*parts, strict=True)]
+        wanted = wanted or found
+        assert found == wanted
+    read = set(chain(*wanted))
+    assert read <= set(allowed)
+    assert all(i % 5 != 2 for i in read)
+    assert len(read) > 30
+
+
 def test_more_bad_examples_than_allowed_end_the_run(tmp_path, capfd):
     with pytest.raises(SystemExit) as ended:
         main(recipe_with(corrupt(17, 40, 99)), ["--max-steps", "20", "--skip-bad", "2"])

@@ -123,6 +123,9 @@ def test_a_run_on_a_stream_goes_on_with_the_same_bits(workers, tmp_path):
 def test_a_stream_needs_max_steps_and_no_order(tmp_path, capsys):
     recipe = replace(stream_recipe(), data=lambda cfg: Data(hugging_face()))
     assert "a stream, which has no length; say --max-steps" in ends_with(2, capsys, lambda: main(recipe, []))
+    argv = ["--max-steps", "3", "--skip-bad", "1"]
+    said = ends_with(2, capsys, lambda: main(recipe, argv))
+    assert "--skip-bad takes another example of the order, and a stream has none; leave it out" in said
 
 
 @pytest.mark.parametrize(
@@ -289,6 +292,21 @@ def test_a_stream_that_fails_is_one_line(workers, capsys):
     said = ends_with(2, capsys, lambda: main(recipe, ["--max-steps", "9", "--workers", workers]))
     assert "example 40 of pass 0 of the stream cannot be read: OSError: [Errno 5]" in said
     assert "shard-3.tar" in said
+
+    assert "--skip-bad" not in said
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize(("odd", "said"), [({"x": torch.zeros(6), "y": 0}, "x (5,) and (6,)"), (None, "x (5,) and m")])
+def test_examples_of_a_stream_that_make_no_batch_are_one_line(odd, said, workers, capsys):
+    class Odd(Numbers):
+        def __iter__(self):
+            yield from ({"x": torch.zeros(5), "y": 0} if i != 40 else odd for i in range(100))
+
+    recipe = replace(tiny.recipe, data=lambda cfg: Data(Odd(), shuffle_buffer=1))
+    line = ends_with(2, capsys, lambda: main(recipe, ["--max-steps", "9", "--workers", workers]))
+    assert f"examples of the stream ({said}" in line
+    assert "give the recipe a collate" in line
 
 
 def test_a_worker_of_a_stream_that_is_killed_is_replaced_once_and_no_bit_changes(tmp_path, capfd):
