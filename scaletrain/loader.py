@@ -3,8 +3,8 @@
 import hashlib
 import sys
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -206,14 +206,32 @@ def copied_ahead(found: Iterator[tuple[Batch, T]], device: torch.device) -> Iter
         yield from ((to_device(batch, device), rest) for batch, rest in found)
         return
     beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    ready: deque[tuple[Batch, T, torch.cuda.Event]] = deque()
-    for batch, rest in found:
+
+    def copy(pair: tuple[Batch, T]) -> tuple[Batch, T, torch.cuda.Event]:
         with torch.cuda.stream(beside):
-            ready.append((to_device(batch, device), rest, beside.record_event()))
-        if len(ready) == 2:
-            yield _handed_over(*ready.popleft())
-    if ready:
-        yield _handed_over(*ready.popleft())
+            return to_device(pair[0], device), pair[1], beside.record_event()
+
+    for copying in one_ahead(map(copy, found)):
+        yield _handed_over(*copying)
+
+
+def one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """Yield ``items``, each once the next one has been taken too; what taking one raises is raised in its turn.
+
+    The first is yielded at once, so that training begins before much is read.
+    """
+    yield from islice(items, 1)
+    waiting = list(islice(items, 1))
+    while waiting:
+        following, held = [], None
+        try:
+            following = list(islice(items, 1))
+        except Exception as error:
+            held = error
+        yield waiting[0]
+        if held is not None:
+            raise held
+        waiting = following
 
 
 def _handed_over(batch: Batch, rest: T, copied: torch.cuda.Event) -> tuple[Batch, T]:

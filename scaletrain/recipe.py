@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn, optim
 
 from scaletrain.config import Config
+from scaletrain.content import content_hash
 from scaletrain.errors import InputError
 from scaletrain.optimizers import adamw
-from scaletrain.order import Order
+from scaletrain.order import Order, digest_of
+from scaletrain.randomness import random_states, seed_all, set_random_states
 from scaletrain.schedules import Schedule, constant
 
 Columns = dict[str, Tensor]
@@ -24,6 +26,8 @@ IGNORED_LABEL = -100
 """The label that torch's cross entropy ignores by default."""
 MAPPED = "scaletrain_memory_map"
 """Attribute of a column that lies in a memory map of a file."""
+READ = 4
+"""Examples of a map-style dataset by which it is told from another."""
 Metric = Tensor | tuple[Tensor, Tensor]
 Hook = Callable[[Any, Any], None]
 
@@ -172,7 +176,7 @@ class Recipe:
 def fingerprint(data: Data) -> str:
     """Hash what tells one data set from another: sizes, column types, and a sample of 64 rows of each column.
 
-    Of a map-style dataset, its length and, where it has one, what its method ``fingerprint()`` returns.
+    Of a map-style dataset, its length and what its method ``fingerprint()`` returns, or else a few of its examples.
     """
     digest = hashlib.sha256()
     for split in ("train", "val", "test"):
@@ -184,22 +188,39 @@ def fingerprint(data: Data) -> str:
 
 def _digest(examples: Any, digest: "hashlib._Hash") -> None:
     if isinstance(examples, Part):
-        shown = np.ascontiguousarray(examples.rows(np.linspace(0, examples.n - 1, 64).astype(np.int64)), dtype="<i8")
-        digest.update(f" {examples.n} ".encode() + shown.tobytes())
+        digest.update(f" {examples.n} {digest_of(examples.rows)}".encode())
         _digest(examples.whole, digest)
     elif isinstance(examples, Mapping):
         for name, column in examples.items():
             digest.update(f" {name} {tuple(column.shape)} {column.dtype}".encode())
             rows = torch.from_numpy(np.linspace(0, len(column) - 1, 64).astype(np.int64))
-            sample = column[rows].contiguous()
-            digest.update(sample.view(torch.uint8).numpy().tobytes())
-    else:
-        if isinstance(examples, list):
-            some = [examples[i] for i in np.linspace(0, len(examples) - 1, 64).astype(int)]
-            digest.update(repr(some).encode())
-        known, length = getattr(examples, "fingerprint", None), len(examples) if hasattr(examples, "__len__") else None
+            digest.update(content_hash(column[rows]).encode())
+    elif examples is not None:
+        known = getattr(examples, "fingerprint", None)
         known = known() if callable(known) else getattr(examples, "_fingerprint", "")  # the latter of datasets
-        digest.update(f" {length} {known}".encode())
+        length = None if is_stream(examples) else len(examples)
+        digest.update(f" {length} {known or _few(examples)}".encode())
+
+
+def _few(examples: Any) -> str:
+    """Hash a few examples; one that cannot be read or hashed, or is another each time, is left out."""
+    if is_stream(examples):
+        return ""
+    before = random_states()
+    found = [_content(examples, int(place)) for place in np.linspace(0, len(examples) - 1, READ)]
+    set_random_states(before)
+    return " ".join(found)
+
+
+def _content(examples: Any, index: int) -> str:
+    found = set()
+    try:
+        for _ in range(2):
+            seed_all(0)
+            found.add(content_hash(examples[index]))
+    except Exception:  # reading it will say so when it is needed
+        return ""
+    return found.pop() if len(found) == 1 else ""
 
 
 def unmet(expect: Mapping[str, str] | None, metrics: Mapping[str, float]) -> list[str]:

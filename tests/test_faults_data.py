@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from faultload import ALL, amount, draw, report
+from PIL import Image
 from test_checkpoints import ends_with, left_after
 from test_loader import CPU, Jittered
 
@@ -22,6 +23,7 @@ from scaletrain import workers as workers_module
 from scaletrain.loader import Loader
 from scaletrain.order import Given, Sequential, Share, Shuffled, Weighted, micro_batch_count
 from scaletrain.readers import ColumnReader, ExampleReader
+from scaletrain.recipe import fingerprint
 
 N, BATCH = 37, 8
 STEPS = -(-3 * N // BATCH)
@@ -314,9 +316,55 @@ def test_data_that_changed_between_runs_is_refused(tmp_path, capsys):
     report("L4 other data under the same name", len(changes), "refused")
 
 
-def test_a_file_that_vanishes_in_the_midst_of_a_run_is_named(tmp_path, capsys):
-    from PIL import Image
+class Shifted:
+    """A map-style dataset that draws, with some rows that cannot be read and some that are another each time."""
 
+    def __init__(self, shift=0):
+        self.shift = shift
+
+    def __len__(self):
+        return 100
+
+    def __getitem__(self, i):
+        if i == 0:
+            raise OSError(5, "Input/output error")
+        noise = np.random.default_rng().random() if i == 33 else np.random.rand()  # 33 is as the user made it
+        return {"x": torch.full((5,), float(i + self.shift + noise)), "y": i % 3}
+
+
+def test_a_map_style_data_set_that_changed_between_runs_is_refused(tmp_path, capsys):
+    argv = ["--workers", "0", "--skip-bad", "1", "--out", str(tmp_path / "run")]
+    seen = np.random.get_state()[1].tolist()
+    assert fingerprint(Data(Shifted())) == fingerprint(Data(Shifted()))
+    assert np.random.get_state()[1].tolist() == seen
+    main(replace(tiny.recipe, data=lambda cfg: Data(Shifted())), [*argv, "--max-steps", "5"])
+    main(replace(tiny.recipe, data=lambda cfg: Data(Shifted())), [*argv, "--max-steps", "6"])
+    recipe = replace(tiny.recipe, data=lambda cfg: Data(Shifted(5)))
+    said = ends_with(2, capsys, lambda: main(recipe, [*argv, "--max-steps", "9"]))
+    assert "was made with other training or validation data" in said
+    images = [[{"x": Image.new("RGB", (9, 9), (red, 0, 0))} for _ in range(9)] for red in (1, 1, 2)]
+    assert fingerprint(Data(images[0])) == fingerprint(Data(images[1])) != fingerprint(Data(images[2]))
+
+
+def test_an_order_that_changed_between_runs_is_refused(tmp_path, capsys):
+    swapped, heavier = np.arange(100_000), np.ones(100_000)
+    swapped[[5_000, 60_000]] = swapped[[60_000, 5_000]]
+    heavier[50_000] = 50
+    table = {"x": np.zeros((100_000, 5)), "y": np.arange(100_000) % 3}
+    for name, order, other in (
+        ("given", Given(np.arange(100_000)), Given(swapped)),
+        ("weighted", Weighted(np.ones(100_000)), Weighted(heavier)),
+        ("sequential", Sequential(100_000), None),
+    ):
+        argv = ["--out", str(tmp_path / name)]
+        main(replace(tiny.recipe, data=lambda cfg, order=order: Data(table, order=order)), [*argv, "--max-steps", "3"])
+        recipe = replace(tiny.recipe, data=lambda cfg, other=other: Data(table, order=other))
+        said = ends_with(2, capsys, lambda recipe=recipe, argv=argv: main(recipe, [*argv, "--max-steps", "6"]))
+        assert "was made with another order of the examples" in said
+    report("L4 another order of the same data", 3, "refused")
+
+
+def test_a_file_that_vanishes_in_the_midst_of_a_run_is_named(tmp_path, capsys):
     from scaletrain import load
     from scaletrain.sources import columns
 

@@ -5,6 +5,7 @@ import json
 import random
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -19,7 +20,7 @@ from benchmarks import large_map
 from benchmarks.children import in_child
 from scaletrain import Data, Given, Sequential, Weighted, main, start, steps, validate
 from scaletrain.errors import InputError
-from scaletrain.loader import HeldOut, Loader, length, to_device
+from scaletrain.loader import HeldOut, Loader, copied_ahead, length, one_ahead, to_device
 from scaletrain.order import Share, Shuffled, micro_batch_count
 from scaletrain.readers import ColumnReader, ExampleReader, make_reader
 from scaletrain.workers import chosen_workers
@@ -212,6 +213,80 @@ def test_batches_of_every_kind_move_to_a_device():
     assert moved["b"][1][0].is_meta
     assert moved["c"] == "text"
     assert to_device(batch, CPU) is batch
+
+
+def test_one_is_taken_ahead_and_what_that_raises_comes_in_its_turn():
+    done = []
+
+    def numbers(last, error=None):
+        for i in range(last):
+            done.append(f"take {i}")
+            yield i
+        if error:
+            raise error
+
+    def use(items):
+        done.extend(f"use {i}" for i in items)
+
+    use(one_ahead(numbers(4)))
+    assert done == ["take 0", "use 0", "take 1", "take 2", "use 1", "take 3", "use 2", "use 3"]
+    for last in range(4):
+        done.clear()
+        with pytest.raises(InputError, match="example 7"):
+            use(one_ahead(numbers(last, InputError("example 7 cannot be read"))))
+        assert done[-1:] == [f"use {last - 1}"] * (last > 0)
+        assert [did for did in done if did.startswith("use")] == [f"use {i}" for i in range(last)]
+    assert list(one_ahead(iter([]))) == []
+    assert list(one_ahead(iter([1]))) == [1]
+
+
+class StandIn:
+    """A CUDA stream or event that writes down what is asked of it."""
+
+    def __init__(self, told, name):
+        self.told, self.name = told, name
+
+    def record_event(self):
+        return StandIn(self.told, "event")
+
+    def wait_event(self, event):
+        self.told.append(f"{self.name} waits")
+
+
+@pytest.mark.parametrize("last", [0, 1, 2, 5])
+def test_copies_to_cuda_are_waited_for_and_handed_out_in_order_up_to_the_one_that_fails(last, monkeypatch):
+    told = []
+
+    def to_stand_in(batch, device):
+        told.append(f"copy {int(batch['x'][0])}")
+        return batch
+
+    monkeypatch.setattr("scaletrain.loader.copies_without_waiting", lambda kind: True)
+    monkeypatch.setattr("scaletrain.loader.to_device", to_stand_in)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: StandIn(told, "copying"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: StandIn(told, "computing"))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: told.append(f"keep {int(tensor[0])}"))
+
+    def found():
+        for i in range(last):
+            yield {"x": torch.tensor([i])}, f"rest {i}"
+        raise InputError(f"example {last} cannot be read")
+
+    handed = []
+
+    def train():
+        for batch, rest in copied_ahead(found(), CPU):
+            handed.append((int(batch["x"][0]), rest))
+            told.append(f"use {handed[-1][0]}")
+
+    with pytest.raises(InputError, match=f"example {last} cannot"):
+        train()
+    assert handed == [(i, f"rest {i}") for i in range(last)]
+    for i in range(last):
+        turn = told.index(f"use {i}")
+        assert told[turn - 2 : turn] == ["computing waits", f"keep {i}"]
+        assert (f"copy {i + 1}" in told[:turn]) == (0 < i < last - 1)
 
 
 class Slow(Jittered):
