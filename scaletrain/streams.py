@@ -20,7 +20,7 @@ from scaletrain.loader import MicroBatch, copied_ahead, to_device
 from scaletrain.order import Share, seed_for, seeds_for, split
 from scaletrain.randomness import seed_all
 from scaletrain.readers import Collate, collated, narrow, unreadable
-from scaletrain.workers import Failure, answers_of, as_is, leave_signals, worker_is_lost
+from scaletrain.workers import BROKEN_PIPE, Failure, answers_of, as_is, leave_signals, worker_is_lost
 
 COMPARED = 32
 """Examples by which the processes find out whether they read the same."""
@@ -139,7 +139,7 @@ class StreamLoader:
         """
         try:
             yield from self._steps()
-        except (RuntimeError, OSError, EOFError) as error:
+        except (RuntimeError, *BROKEN_PIPE) as error:
             if not self.workers or not worker_is_lost(error):
                 raise
             yield from self._steps()

@@ -204,6 +204,26 @@ def test_a_worker_that_hangs_is_replaced(tmp_path, monkeypatch, capfd):
     report("L2 a worker hangs", 1, "started again from where it was, all bits equal")
 
 
+def test_what_means_a_lost_worker_and_what_does_not(capfd):
+    for error in (
+        RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"),
+        RuntimeError("DataLoader timed out after 300 seconds"),
+        ConnectionResetError(104, "Connection reset by peer"),
+        EOFError(),
+        FileNotFoundError(2, "No such file or directory"),
+    ):
+        assert workers_module.worker_is_lost(error)
+        assert "DataLoader" in capfd.readouterr().err
+    for error in (
+        OSError(24, "Too many open files"),
+        OSError(12, "Cannot allocate memory"),
+        PermissionError(13, "Permission denied"),
+        FileNotFoundError("Caught FileNotFoundError in DataLoader worker process 0."),
+        RuntimeError("Too many open files. Communication with the workers is no longer possible."),
+    ):
+        assert not workers_module.worker_is_lost(error)
+
+
 # L2, L3: examples that cannot be read
 
 
