@@ -1,5 +1,6 @@
 """Data under fire: resumed at every step, workers killed and hung, files that vanish: rows L1 to L4."""
 
+import json
 import os
 import re
 import signal
@@ -13,17 +14,19 @@ import psutil
 import pytest
 import tiny
 import torch
+import torch.distributed as dist
 from faultload import ALL, amount, draw, report
 from PIL import Image
 from test_checkpoints import ends_with, left_after
 from test_loader import CPU, Jittered
 
-from scaletrain import Data, InputError, main
+from scaletrain import Data, load, main, start, train
 from scaletrain import workers as workers_module
 from scaletrain.loader import Loader
 from scaletrain.order import Given, Sequential, Share, Shuffled, Weighted, micro_batch_count
 from scaletrain.readers import ColumnReader, ExampleReader
 from scaletrain.recipe import fingerprint
+from scaletrain.sources import columns
 
 N, BATCH = 37, 8
 STEPS = -(-3 * N // BATCH)
@@ -124,11 +127,11 @@ def test_from_every_step_of_three_epochs_every_process_reads_what_the_oracle_say
 class Noisy:
     """Rows of the table, with noise; one may be made to fail."""
 
-    def __init__(self, fail=None):
-        self.table, self.fail = {name: torch.as_tensor(c) for name, c in tiny.table().items()}, fail
+    def __init__(self, fail=None, n=101):
+        self.table, self.fail = {name: torch.as_tensor(c) for name, c in tiny.table(n).items()}, fail
 
     def __len__(self):
-        return 101
+        return len(self.table["row"])
 
     def __getitem__(self, i):
         if self.fail is not None:
@@ -154,6 +157,44 @@ def test_two_resumes_in_one_epoch_change_nothing(tmp_path):
         more = ["--max-steps", max_steps, "--checkpoint-every", "1", "--out", str(tmp_path / "run")]
         main(recipe_with(), [*argv, *more])
     assert bits(tmp_path / "run")[1] == bits(tmp_path / "whole")[1]
+
+
+def check_real_processes(shared_path):
+    """Train 3 epochs with every order, stopped at two steps of one of them; compare what was read with the oracle."""
+    steps_done = []
+
+    def loss(model, batch, cfg):
+        steps_done.append(batch["row"].tolist())
+        return tiny.loss(model, batch, cfg)
+
+    for kind, workers in product(ORDERS, (None, 1)):
+        train_on = tiny.table(N) if workers is None else Noisy(n=N)
+        order = None if kind == "shuffled" else ORDERS[kind]
+        data = Data(train_on, order=order)
+        recipe = replace(tiny.recipe, data=lambda cfg, data=data: data, loss=loss)
+        where = str(shared_path / f"{kind}-{workers}")
+        mine = []
+        for last in (6, 8, None):  # steps 6 and 8 lie in the second epoch
+            cfg = tiny.TinyConfig(seed=5, batch_size=BATCH, epochs=3, max_steps=last, workers=workers, out=where)
+            run = start(recipe, cfg)
+            assert run.total_steps == (last or STEPS)
+            steps_done.clear()
+            train(run)
+            mine += steps_done
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, mine)
+        read = [list(chain(*step)) for step in zip(*parts, strict=True)]
+        assert read == [[oracle(kind, step * BATCH + i) for i in range(BATCH)] for step in range(STEPS)], kind
+
+
+@pytest.mark.world_size(2)
+def test_two_processes_that_stop_twice_in_an_epoch_read_what_the_oracle_says(shared_path):
+    check_real_processes(shared_path)
+
+
+@pytest.mark.world_size(3)
+def test_three_processes_that_stop_twice_in_an_epoch_read_what_the_oracle_says(shared_path):
+    check_real_processes(shared_path)
 
 
 # L2: workers that die and hang
@@ -384,20 +425,55 @@ def test_an_order_that_changed_between_runs_is_refused(tmp_path, capsys):
     report("L4 another order of the same data", 3, "refused")
 
 
-def test_a_file_that_vanishes_in_the_midst_of_a_run_is_named(tmp_path, capsys):
-    from scaletrain import load
-    from scaletrain.sources import columns
-
+def pets(folder):
+    """A folder of 60 images, larger than what is kept in memory, and a recipe that learns from it."""
     for cls, i in product(("cat", "dog"), range(30)):
-        (tmp_path / "pets" / cls).mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (4, 4), (i, 0, 0)).save(tmp_path / f"pets/{cls}/{i}.png")
-    data = load(str(tmp_path / "pets"), split_seed=None)
-    assert len(data.train["label"]) == 60
-    original, columns.COPIED_BYTES = columns.COPIED_BYTES, 0
-    try:
-        lazy = load(str(tmp_path / "pets"), split_seed=None)
-    finally:
-        columns.COPIED_BYTES = original
-    (tmp_path / "pets/dog/7.png").unlink()
-    with pytest.raises(InputError, match=r"image .*dog/7\.png \(row \d+\): .*No such file"):
-        lazy.train.__getitems__(list(range(60)))
+        (folder / cls).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(folder / cls / f"{i}.png")
+
+    def model(cfg, data):
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
+
+    def loss(model, batch, cfg):
+        return torch.nn.functional.cross_entropy(model(batch["image"]), batch["label"])
+
+    return replace(
+        tiny.recipe, data=lambda cfg: load(str(folder), split_seed=None), model=model, loss=loss, evaluate=None
+    )
+
+
+def vanish(file):
+    file.unlink()
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:45])
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize(("damage", "said"), [(vanish, "No such file"), (cut, "dog/7.png")])
+def test_a_file_that_vanishes_or_is_cut_in_the_midst_of_a_run_is_named_or_replaced(
+    damage, said, workers, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr(columns, "COPIED_BYTES", 0)
+    recipe = pets(tmp_path / "pets")
+    argv = ["--batch-size", "12", "--workers", workers, "--log-every", "1"]
+    hurt = tmp_path / "pets/dog/7.png"
+    whole = hurt.read_bytes()
+
+    def after_the_first_step(run, info):
+        if info.step == 1:
+            damage(hurt)
+
+    recipe = replace(recipe, hooks=lambda cfg: [after_the_first_step])
+    with pytest.raises(SystemExit) as ended:  # the second epoch reads it again, if the first had it before the damage
+        main(recipe, [*argv, "--max-steps", "12", "--out", str(tmp_path / "stops")])
+    assert ended.value.code == 2
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert re.search(r"image .*dog/7\.png \(row 57\)", line)
+    assert said in line
+    hurt.write_bytes(whole)
+    main(recipe, [*argv, "--max-steps", "12", "--skip-bad", "1", "--out", str(tmp_path / "goes")])
+    assert "warning: example 57 cannot be read: image" in capfd.readouterr().err
+    assert list(json.loads((tmp_path / "goes/result.json").read_text())["examples_replaced"]) == ["57"]
+    report("L3 a file vanishes or is cut in the midst of a run", 2, "named, or replaced")
