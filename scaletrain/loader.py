@@ -52,7 +52,7 @@ class Loader:
         self.waited_seconds = 0.0
         """Time that training has spent waiting for data so far."""
         self.bad: dict[int, str] = {}
-        """The examples replaced so far on this process, and why they could not be read."""
+        """Why examples could not be read that were replaced: here so far, elsewhere up to the last checkpoint."""
         parts = split(share.size, micro_batches)
         self._counted = [part.stop - part.start for part in parts]
         # a process short of a micro-batch repeats its last example
@@ -138,10 +138,14 @@ class Loader:
         for bad in replaced:
             if bad.example not in self.bad:
                 self.bad[bad.example] = bad.reason
-                told = f"example {bad.example} cannot be read: {bad.reason}"
-                if len(self.bad) > self.most_bad:
-                    raise InputError(f"{told}; --skip-bad allows {self.most_bad} on each process, and this is one more")
-                sys.stderr.write(f"warning: {told}; example {bad.replaced_by} takes its place\n")
+                told = f"warning: example {bad.example} cannot be read: {bad.reason}"
+                sys.stderr.write(f"{told}; example {bad.replaced_by} takes its place\n")
+        if self.most_bad and len(self.bad) > self.most_bad:
+            example, reason = next(reversed(self.bad.items()))
+            raise InputError(
+                f"example {example} cannot be read: {reason}; --skip-bad allows {self.most_bad}, and it is number "
+                f"{len(self.bad)}; mend some, or allow more to go on"
+            )
         return batch
 
     def _requests(self, first: int) -> Iterator[Request]:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import sys
 import time
 from dataclasses import replace
 from itertools import chain, product
@@ -16,11 +17,12 @@ import tiny
 import torch
 import torch.distributed as dist
 from faultload import ALL, amount, draw, report
+from launching import TORCHRUN, launch, script
 from PIL import Image
 from test_checkpoints import ends_with, left_after
 from test_loader import CPU, Jittered
 
-from scaletrain import Data, load, main, start, train
+from scaletrain import Data, InputError, load, main, start, train
 from scaletrain import workers as workers_module
 from scaletrain.loader import Loader
 from scaletrain.order import Given, Sequential, Share, Shuffled, Weighted, micro_batch_count
@@ -333,7 +335,39 @@ def test_more_bad_examples_than_allowed_end_the_run(tmp_path, capfd):
     with pytest.raises(SystemExit) as ended:
         main(recipe_with(corrupt(17, 40, 99)), ["--max-steps", "20", "--skip-bad", "2"])
     assert ended.value.code == 2
-    assert "--skip-bad allows 2 on each process, and this is one more" in capfd.readouterr().err
+    assert "; --skip-bad allows 2, and it is number 3; mend some, or allow more to go on" in capfd.readouterr().err
+
+
+@pytest.mark.world_size(2)
+def test_what_processes_replaced_is_added_up_at_a_checkpoint_and_known_to_all_that_go_on(shared_path):
+    order = Given(np.arange(48))  # of each step of 12, rank 0 reads the first 6
+    recipe = replace(recipe_with(corrupt(1, 3, 7, 9)), data=lambda cfg: Data(Noisy(corrupt(1, 3, 7, 9)), order=order))
+
+    def run_to(last, skip_bad, name="run", **more):
+        where = {"workers": 0, "out": str(shared_path / name)}
+        run = start(recipe, tiny.TinyConfig(batch_size=12, max_steps=last, skip_bad=skip_bad, **where, **more))
+        train(run)
+        return run
+
+    assert sorted(run_to(2, 3).loader.bad) == [1, 3, 7, 9]  # 2 on each, and all are saved
+    with pytest.raises(InputError, match=r"--skip-bad allows 3, and it is number 4; mend some, or allow more"):
+        run_to(4, 3)
+    assert sorted(run_to(4, 4).loader.bad) == [1, 3, 7, 9]
+    with pytest.raises(InputError, match=r"--skip-bad allows 3, and it is number 4"):
+        run_to(4, 3, "in one go", checkpoint_every=2)
+
+
+def test_a_run_goes_on_alone_from_what_two_processes_replaced(tmp_path, capfd):
+    body = (
+        "import sys; sys.path.insert(0, 'tests')\nfrom test_faults_data import Noisy, corrupt\n"
+        "main(replace(tiny.recipe, data=lambda cfg: Data(Noisy(corrupt(17, 40, 99)))))"
+    )
+    argv = [script(tmp_path, body), "--workers", "0", "--out", tmp_path / "run", "--skip-bad", "3"]
+    assert launch(*TORCHRUN, *argv, "--max-steps", "14").returncode == 0
+    alone = launch(sys.executable, *argv, "--max-steps", "20")
+    assert alone.returncode == 0, alone.stderr
+    assert "takes its place" not in alone.stderr  # all three are known
+    assert len(json.loads((tmp_path / "run/result.json").read_text())["examples_replaced"]) == 3
 
 
 def test_validation_never_replaces_an_example(tmp_path, capsys):
