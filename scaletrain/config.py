@@ -53,7 +53,8 @@ class Config:
     workers: int | None = None
     """Processes that read examples, per training process. Default: chosen; 0 for data in memory."""
     skip_bad: int = 0
-    """Training examples that others replace because they cannot be read, per process. 0: the first ends the run."""
+    """Different training examples in all that others may replace because they cannot be read; what other processes
+    met counts from the next checkpoint on. 0: the first ends the run."""
     out: str | None = None
     """Folder of the run. Default: SCALETRAIN_OUT, else runs/NAME/TIME."""
     resume: str = "auto"

@@ -1,8 +1,5 @@
 """From a recipe's data to what one process reads: training in steps, the held-out splits once each."""
 
-import random
-
-import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -12,11 +9,12 @@ from scaletrain.config import Config
 from scaletrain.devices import Devices
 from scaletrain.errors import InputError
 from scaletrain.loader import HeldOut, Loader
-from scaletrain.order import Given, Order, Sequential, Share, Shuffled, Weighted, micro_batch_count
-from scaletrain.readers import ColumnReader, Reader, make_reader
-from scaletrain.recipe import Data, Recipe, fingerprint
+from scaletrain.order import Sequential, Share, Shuffled, checked, micro_batch_count
+from scaletrain.randomness import seed_all
+from scaletrain.readers import ColumnReader, make_reader
+from scaletrain.recipe import Data, Recipe, count, fingerprint, is_stream
 from scaletrain.sources.table import as_table, check_readable
-from scaletrain.streams import Stream, StreamLoader, is_stream, shared_out
+from scaletrain.streams import Stream, StreamLoader, shared_out
 from scaletrain.workers import chosen_workers
 
 RESIDENT_BYTES = 1 << 30
@@ -53,9 +51,8 @@ def load_data(recipe: Recipe, cfg: Config, devices: Devices) -> Data:
 
 def seed_everything(seed: int) -> None:
     """Seed torch's, NumPy's and Python's global generators."""
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
+    torch.manual_seed(seed)  # accelerators too
+    seed_all(seed)
 
 
 def build_loaders(
@@ -64,8 +61,8 @@ def build_loaders(
     """Return this process's part of the training data and of the held-out splits."""
     check_micro_batches(cfg, module, devices)
     double = next(module.parameters()).dtype == torch.float64
-    count = micro_batch_count(cfg.batch_size, devices.world_size, cfg.micro_batch_size)
-    largest = -(-cfg.batch_size // devices.world_size // count) or 1
+    micro_batches = micro_batch_count(cfg.batch_size, devices.world_size, cfg.micro_batch_size)
+    largest = -(-cfg.batch_size // devices.world_size // micro_batches) or 1
     held_out = {}
     for name, examples in (("val", data.val), ("test", data.test)):
         if examples is not None:
@@ -75,14 +72,17 @@ def build_loaders(
                 reader, largest, devices.rank, devices.world_size, workers=workers, device=devices.device
             )
     if is_stream(data.train):
-        return _from_stream(recipe, cfg, data, devices, count, double=double), held_out
-    reader = make_reader(data.train, recipe.collate, cfg.seed, double=double, skip=cfg.skip_bad > 0)
+        return _from_stream(recipe, cfg, data, devices, micro_batches, double=double), held_out
+    n = count(data.train)
+    order = Shuffled(n, cfg.seed) if data.order is None else checked(data.order, n)
+    instead = order if cfg.skip_bad else None
+    reader = make_reader(data.train, recipe.collate, cfg.seed, double=double, instead=instead)
     small = isinstance(reader, ColumnReader) and reader.nbytes <= RESIDENT_BYTES
     if isinstance(reader, ColumnReader) and small and devices.device.type != "cpu":
         reader.move_to(devices.device)
-    share = Share(_order(data, reader, cfg), cfg.batch_size, devices.rank, devices.world_size)
+    share = Share(order, cfg.batch_size, devices.rank, devices.world_size)
     workers = chosen_workers(reader, cfg.workers, devices.local_world_size)
-    loader = Loader(reader, share, count, workers=workers, device=devices.device, most_bad=cfg.skip_bad)
+    loader = Loader(reader, share, micro_batches, workers=workers, device=devices.device, most_bad=cfg.skip_bad)
     return loader, held_out
 
 
@@ -98,27 +98,16 @@ def check_micro_batches(cfg: Config, module: nn.Module, devices: Devices) -> Non
         )
 
 
-def _order(data: Data, reader: Reader, cfg: Config) -> Order:
-    order = data.order or Shuffled(reader.n, cfg.seed)
-    shown = order.indices if isinstance(order, Given) else order(np.array([0, order.n - 1]))
-    low, high = (int(shown.min()), int(shown.max())) if len(shown) else (0, 0)
-    if isinstance(order, Weighted) and order.n != reader.n:
-        raise InputError(f"the order has {order.n:,} weights, but there are {reader.n:,} examples")
-    if low < 0 or high >= reader.n:
-        raise InputError(
-            f"the order asks for example {low if low < 0 else high}, but there are {reader.n:,}: 0 to {reader.n - 1:,}"
-        )
-    return order
-
-
 def _from_stream(
     recipe: Recipe, cfg: Config, data: Data, devices: Devices, micro_batches: int, *, double: bool
 ) -> StreamLoader:
     if cfg.max_steps is None:
         raise InputError("the training data is a stream, which has no length; say --max-steps")
+    if cfg.skip_bad:
+        raise InputError("--skip-bad takes another example of the order, and a stream has none; leave it out")
     if data.order is not None:
         raise InputError("the training data is a stream, which has an order of its own; leave Data(order=...) out")
-    part = shared_out(data.train, devices.rank, devices.world_size, devices.control)
+    part = shared_out(data.train, devices.rank, devices.world_size, devices.control, divided=data.divided)
     stream = Stream(part, data.shuffle_buffer, cfg.seed, devices.rank)
     share = Share(Sequential(1), cfg.batch_size, devices.rank, devices.world_size)
     workers = 1 if cfg.workers is None else cfg.workers

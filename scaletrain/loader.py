@@ -4,8 +4,8 @@ import copy
 import hashlib
 import sys
 import time
-from collections import deque
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from scaletrain.devices import copies_without_waiting
 from scaletrain.errors import InputError
-from scaletrain.order import Indices, Share, micro_batch_count, split
+from scaletrain.order import Indices, Share, digest_of, micro_batch_count, split
 from scaletrain.readers import Bad, ColumnReader, Reader, Request
 from scaletrain.recipe import Batch, NamedColumns
 from scaletrain.workers import read_ahead
@@ -53,7 +53,7 @@ class Loader:
         self.waited_seconds = 0.0
         """Time that training has spent waiting for data so far."""
         self.bad: dict[int, str] = {}
-        """The examples replaced so far on this process, and why they could not be read."""
+        """Why examples could not be read that were replaced: here so far, elsewhere up to the last checkpoint."""
         parts = split(share.size, micro_batches)
         self._counted = [part.stop - part.start for part in parts]
         # a process short of a micro-batch repeats its last example
@@ -80,10 +80,8 @@ class Loader:
         return self.share.order.n
 
     def order_hash(self) -> str:
-        """Hash which example is read where, by a sample of positions."""
-        positions = np.concatenate([np.arange(64), np.geomspace(64, 2**40, 64).astype(np.int64)])
-        indices = np.ascontiguousarray(self.share.order(positions), dtype="<i8")
-        return hashlib.sha256(indices.tobytes()).hexdigest()
+        """Hash which example is read where."""
+        return hashlib.sha256(digest_of(self.share.order).encode()).hexdigest()
 
     def steps(self, first: int) -> Iterator[list[MicroBatch]]:
         """Yield each step's micro-batches, beginning with the step whose first position is ``first``."""
@@ -141,10 +139,14 @@ class Loader:
         for bad in replaced:
             if bad.example not in self.bad:
                 self.bad[bad.example] = bad.reason
-                told = f"example {bad.example} cannot be read: {bad.reason}"
-                if len(self.bad) > self.most_bad:
-                    raise InputError(f"{told}; --skip-bad allows {self.most_bad} on each process, and this is one more")
-                sys.stderr.write(f"warning: {told}; example {bad.replaced_by} takes its place\n")
+                told = f"warning: example {bad.example} cannot be read: {bad.reason}"
+                sys.stderr.write(f"{told}; example {bad.replaced_by} takes its place\n")
+        if self.most_bad and len(self.bad) > self.most_bad:
+            example, reason = next(reversed(self.bad.items()))
+            raise InputError(
+                f"example {example} cannot be read: {reason}; --skip-bad allows {self.most_bad}, and it is number "
+                f"{len(self.bad)}; mend some, or allow more to go on"
+            )
         return batch
 
     def _requests(self, first: int) -> Iterator[Request]:
@@ -215,14 +217,32 @@ def copied_ahead(found: Iterator[tuple[Batch, T]], device: torch.device) -> Iter
         yield from ((to_device(batch, device), rest) for batch, rest in found)
         return
     beside = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-    ready: deque[tuple[Batch, T, torch.cuda.Event]] = deque()
-    for batch, rest in found:
+
+    def copy(pair: tuple[Batch, T]) -> tuple[Batch, T, torch.cuda.Event]:
         with torch.cuda.stream(beside):
-            ready.append((to_device(batch, device), rest, beside.record_event()))
-        if len(ready) == 2:
-            yield _handed_over(*ready.popleft())
-    if ready:
-        yield _handed_over(*ready.popleft())
+            return to_device(pair[0], device), pair[1], beside.record_event()
+
+    for copying in one_ahead(map(copy, found)):
+        yield _handed_over(*copying)
+
+
+def one_ahead(items: Iterator[T]) -> Iterator[T]:
+    """Yield ``items``, each once the next one has been taken too; what taking one raises is raised in its turn.
+
+    The first is yielded at once, so that training begins before much is read.
+    """
+    yield from islice(items, 1)
+    waiting = list(islice(items, 1))
+    while waiting:
+        following, held = [], None
+        try:
+            following = list(islice(items, 1))
+        except Exception as error:
+            held = error
+        yield waiting[0]
+        if held is not None:
+            raise held
+        waiting = following
 
 
 def _handed_over(batch: Batch, rest: T, copied: torch.cuda.Event) -> tuple[Batch, T]:

@@ -1,9 +1,9 @@
 """From indices to a batch: one gather per column, many rows of a table at once, or example by example."""
 
 import mmap
-import random
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +13,8 @@ from torch.utils.data import default_collate
 
 from scaletrain.errors import InputError
 from scaletrain.order import Indices, Order, seed_for
-from scaletrain.recipe import MAPPED, Batch, Columns, NamedColumns, Part
+from scaletrain.randomness import drew, random_states, seed_all, set_random_states
+from scaletrain.recipe import MAPPED, Batch, Columns, NamedColumns, Part, count
 
 Request = tuple[Indices, Indices]
 """Positions in the stream, which seed what is random, and the examples to read there."""
@@ -22,6 +23,7 @@ PAGES_BYTES, KEPT_BYTES = 16 * 4096, 256 << 20
 """What the kernel maps around a row that is read, and how much of that is kept."""
 MOST_TRIES = 100
 """Replacements tried for an example that cannot be read."""
+MEND = "mend it, or in training let a few be replaced with --skip-bad"
 
 
 class Bad(NamedTuple):
@@ -80,6 +82,7 @@ class ColumnReader:
     def move_to(self, device: torch.device) -> None:
         """Keep the columns on ``device``."""
         self.columns = {name: column.to(device) for name, column in self.columns.items()}
+        self._maps = []  # the copies are in memory
 
     def _let_go(self, rows: int) -> None:
         """Give the pages of memory maps back now and then: each row read keeps 16 of them, though nobody wants them.
@@ -93,6 +96,7 @@ class ColumnReader:
                 mapped.madvise(mmap.MADV_DONTNEED)
 
 
+@dataclass(eq=False)
 class BatchReader:
     """Read batches from a map-style dataset that takes many indices at once: ``dataset.__getitems__(indices)``.
 
@@ -100,62 +104,67 @@ class BatchReader:
     are read together depends on the number of processes. What is random belongs into ``__getitem__`` or ``augment``.
     """
 
-    def __init__(
-        self,
-        dataset: Any,
-        collate: Collate | None = None,
-        rows: Order | None = None,
-        n: int | None = None,
-        *,
-        seed: int = 0,
-        double: bool = False,
-        skip: bool = False,
-    ) -> None:
-        """``skip``: put another example in the place of one that cannot be read, rather than raise."""
-        self.dataset, self.collate, self.rows = dataset, collate, rows
-        self.n = len(dataset) if n is None else n
-        self.seed, self.double, self.skip = seed, double, skip
-        self._checked = False
+    dataset: Any
+    collate: Collate | None = None
+    rows: Order | None = None
+    n: int = 0
+    """Examples; by default all of the dataset."""
+    seed: int = 0
+    double: bool = False
+    instead: Order | None = None
+    """What shows another example in the place of one that cannot be read; without it such a one raises."""
+    _checked: bool = field(default=False, init=False)
+
+    def __post_init__(self) -> None:
+        self.n = self.n or len(self.dataset)
 
     def __call__(self, request: Request) -> Read:
-        positions, indices = request
         bad: list[Bad] = []
-        try:
-            found = self._read(indices)
-        except Exception as error:
-            if not self.skip:
-                raise unreadable(error, "one of the examples", indices) from error
-            indices = np.array(
-                [readable(self._try, self, int(p), int(i), bad) for p, i in zip(positions, indices, strict=True)]
-            )
-            found = self._read(indices)
+        found, indices = self._found(*request, bad)
         if self.collate is not None and isinstance(found, Mapping):
             found = [{name: column[i] for name, column in found.items()} for i in range(len(indices))]
         if isinstance(found, list):
-            found = (self.collate or default_collate)(found)
+            found = collated(self.collate, found, indices)
         return Read(found if self.double else narrow(found), tuple(bad))
 
-    __getitem__ = __call__  # DataLoader asks this way
+    def _found(self, positions: Indices, indices: Indices, bad: list[Bad]) -> tuple[Any, Indices]:
+        """Read at once; where that fails one by one, to name the one that cannot be read or to replace it."""
+        try:
+            return self._read(indices), indices
+        except DrawnError:
+            raise
+        except Exception:  # met again below, by the example that raises it
+            pairs = zip(positions.tolist(), indices.tolist(), strict=True)
+            indices = np.array([readable(self._alone, self, position, index, bad) for position, index in pairs])
+        try:
+            return self._read(indices), indices
+        except Exception as error:
+            raise InputError(f"{_shown(indices)} cannot be read together: {_reason(error)}") from error
 
     def _read(self, indices: Indices) -> Any:
         rows = (indices if self.rows is None else self.rows(indices)).tolist()
         if self._checked:
             return self.dataset.__getitems__(rows)
-        before = _random_states()
+        before = random_states()
         found = self.dataset.__getitems__(rows)
-        if _drew(before):
-            raise InputError(
+        if drew(before):
+            raise DrawnError(
                 f"{type(self.dataset).__name__}.__getitems__ draws random numbers, so its examples would depend on the "
                 "number of processes; draw them in __getitem__ (without __getitems__), or in the recipe's augment"
             )
         self._checked = True
         return found
 
-    def _try(self, position: int, index: int) -> int:
+    def _alone(self, position: int, index: int) -> int:
         self._read(np.array([index]))
         return index
 
 
+class DrawnError(InputError):
+    """A dataset draws random numbers where it must not."""
+
+
+@dataclass(eq=False)
 class ExampleReader:
     """Read batches from a map-style dataset example by example.
 
@@ -163,41 +172,25 @@ class ExampleReader:
     and the example's position alone, so neither workers nor processes change it.
     """
 
-    def __init__(
-        self,
-        dataset: Any,
-        collate: Collate | None = None,
-        rows: Order | None = None,
-        n: int | None = None,
-        *,
-        seed: int = 0,
-        double: bool = False,
-        skip: bool = False,
-    ) -> None:
-        """``skip``: put another example in the place of one that cannot be read, rather than raise."""
-        self.dataset, self.collate, self.rows = dataset, collate or default_collate, rows
-        self.n = len(dataset) if n is None else n
-        self.seed, self.double, self.skip = seed, double, skip
+    dataset: Any
+    collate: Collate | None = None
+    rows: Order | None = None
+    n: int = 0
+    """Examples; by default all of the dataset."""
+    seed: int = 0
+    double: bool = False
+    instead: Order | None = None
+    """What shows another example in the place of one that cannot be read; without it such a one raises."""
+
+    def __post_init__(self) -> None:
+        self.n = self.n or len(self.dataset)
 
     def __call__(self, request: Request) -> Read:
         bad: list[Bad] = []
-        examples = [self._example(int(p), int(i), bad) for p, i in zip(*request, strict=True)]
-        try:
-            batch = self.collate(examples)
-        except (RuntimeError, TypeError, KeyError) as error:
-            what = f"the examples {', '.join(map(str, request[1][:8].tolist()))} make no batch: {_reason(error)}"
-            raise InputError(f"{what}; give the recipe a collate that pads or packs them") from error
+        pairs = zip(request[0].tolist(), request[1].tolist(), strict=True)
+        examples = [readable(self._read, self, position, index, bad) for position, index in pairs]
+        batch = collated(self.collate, examples, request[1])
         return Read(batch if self.double else narrow(batch), tuple(bad))
-
-    __getitem__ = __call__  # DataLoader asks this way
-
-    def _example(self, position: int, index: int, bad: list[Bad]) -> Any:
-        if self.skip:
-            return readable(self._read, self, position, index, bad)
-        try:
-            return self._read(position, index)
-        except Exception as error:
-            raise unreadable(error, f"example {index}", [index]) from error
 
     def _read(self, position: int, index: int) -> Any:
         seed_all(seed_for(self.seed, 2, position))
@@ -207,29 +200,34 @@ class ExampleReader:
 Reader = ColumnReader | BatchReader | ExampleReader
 
 
-def make_reader(examples: Any, collate: Collate | None, seed: int, *, double: bool, skip: bool = False) -> Reader:
-    """Choose how ``examples`` are read; float64 columns become float32 unless the model is ``double``."""
-    whole, rows, n = examples, None, None
+def make_reader(
+    examples: Any, collate: Collate | None, seed: int, *, double: bool, instead: Order | None = None
+) -> Reader:
+    """Choose how ``examples`` are read; float64 columns become float32 unless the model is ``double``.
+
+    ``instead`` shows another example in the place of one that cannot be read; without it such a one raises.
+    """
+    whole, rows, n = examples, None, count(examples)
     if isinstance(examples, Part):
-        whole, rows, n = examples.whole, examples.rows, examples.n
+        whole, rows = examples.whole, examples.rows
     if isinstance(whole, Mapping):
         columns = ColumnReader(dict(whole), rows, n, double=double)
         return columns if collate is None else BatchReader(_Rows(columns), collate, double=double)
     many = hasattr(whole, "__getitems__") and not (hasattr(whole, "__getitem__") and _is_random(whole))
     reader = BatchReader if many else ExampleReader
-    return reader(whole, collate, rows, n, seed=seed, double=double, skip=skip)
+    return reader(whole, collate, rows, n, seed=seed, double=double, instead=instead)
 
 
 def _is_random(dataset: Any) -> bool:
     """Whether reading an example draws random numbers, which is to depend on its position alone."""
-    before = _random_states()
+    before = random_states()
     try:
         dataset.__getitems__([0])
     except Exception:  # it will be met again
         return False
     finally:
-        drawn = _drew(before)
-        _set_random_states(before)
+        drawn = drew(before)
+        set_random_states(before)
     return drawn
 
 
@@ -251,30 +249,75 @@ def readable(
 ) -> Any:
     """Return ``read(position, index)``, or where that raises the same of another index, noted in ``bad``.
 
-    Which one it is depends on the seed and the position alone, so a run that goes on takes the same.
+    The other one is what the order shows elsewhere in the epoch; where depends on the seed and the position alone, so
+    a run that goes on takes the same. Raises InputError where nothing may be replaced, or nothing can be read.
     """
-    reason = ""
-    for attempt in range(MOST_TRIES):
-        other = index if attempt == 0 else seed_for(reader.seed, 4, position, attempt) % reader.n
+    other, reason = index, ""
+    for attempt in range(1, MOST_TRIES + 1):
         try:
             found = read(position, other)
         except Exception as error:  # whatever reading raises, the example is bad
-            reason = reason or _reason(error)
+            if reader.instead is None:
+                raise unreadable(
+                    error, f"example {index}", "mend it, or let a few be replaced with --skip-bad"
+                ) from error
+            reason, n = reason or _reason(error), reader.instead.n
+            place = position - position % n + seed_for(reader.seed, 4, position, attempt) % n
+            other = int(reader.instead(np.array([place]))[0])
             continue
-        if attempt:
+        if attempt > 1:
             bad.append(Bad(index, reason, other))
         return found
     raise InputError(f"example {index} cannot be read ({reason}), nor can {MOST_TRIES - 1} others in its place")
 
 
-def unreadable(error: Exception, what: str, indices: Any) -> InputError:
-    """Return the error for examples that cannot be read: which, why, and where in the code."""
+def collated(collate: Collate | None, examples: list[Any], indices: Indices | None = None) -> Batch:
+    """Make a batch. Raises InputError where that fails, naming two examples that differ in shape if there are such."""
+    try:
+        return (collate or default_collate)(examples)
+    except InputError:
+        raise
+    except Exception as error:
+        which = "examples of the stream" if indices is None else _shown(indices)
+        if unlike := _unlike(examples):
+            which = which if indices is None else f"the examples {indices[0]} and {indices[unlike[0]]}"
+            which += f" ({unlike[1]})"
+        advice = "give the recipe a collate that pads or packs them" if collate is None else "mend the recipe's collate"
+        raise InputError(f"{which} make no batch: {_reason(error)}; {advice}") from error
+
+
+def _unlike(examples: list[Any]) -> tuple[int, str] | None:
+    """Return the first example that differs from the one at the beginning, and in what."""
+    first = dict(_leaves(examples[0]))
+    for k, example in enumerate(examples):
+        other = dict(_leaves(example))
+        for name in first | other:
+            if first.get(name) != other.get(name):
+                return k, f"{name}{first.get(name, 'missing')} and {other.get(name, 'missing')}"
+    return None
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Yield the name of each leaf, and its shape or type."""
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _leaves(part, f"{name}{key} ")
+    elif isinstance(value, tuple | list):
+        for k, part in enumerate(value):
+            yield from _leaves(part, f"{name}{k} ")
+    else:
+        yield name, f"{tuple(value.shape)}" if hasattr(value, "shape") else type(value).__name__
+
+
+def _shown(indices: Indices) -> str:
+    return f"the examples {', '.join(map(str, indices[:8].tolist()))}{', ...' * (len(indices) > 8)}"
+
+
+def unreadable(error: Exception, what: str, advice: str = "mend it") -> InputError:
+    """Return the error for what cannot be read: which, why, where in the code, and what to do."""
     if isinstance(error, InputError):
         return error
-    shown = "" if len(indices) == 1 else f" {', '.join(map(str, list(indices)[:8]))}{', ...' * (len(indices) > 8)}"
-    return InputError(
-        f"{what}{shown} cannot be read: {_reason(error)}; mend it, or let a few be replaced with --skip-bad"
-    )
+    return InputError(f"{what} cannot be read: {_reason(error)}; {advice}")
 
 
 def _reason(error: Exception) -> str:
@@ -294,13 +337,6 @@ def _kind(name: str, column: Tensor, double: bool) -> torch.dtype:
     return torch.int64 if name == "label" and whole else column.dtype
 
 
-def seed_all(seed: int) -> None:
-    """Seed the global generators of torch on the CPU, NumPy and Python."""
-    torch.default_generator.manual_seed(seed)
-    np.random.seed(seed & 0xFFFFFFFF)
-    random.seed(seed)
-
-
 def narrow(batch: Batch) -> Batch:
     """Turn float64 into float32, which is what models compute in, and name the columns of a dict."""
     if isinstance(batch, Tensor):
@@ -311,19 +347,3 @@ def narrow(batch: Batch) -> Batch:
         leaves = [narrow(leaf) for leaf in batch]
         return type(batch)(*leaves) if hasattr(batch, "_fields") else type(batch)(leaves)
     return batch
-
-
-def _random_states() -> tuple[Any, ...]:
-    return torch.default_generator.get_state(), random.getstate(), np.random.get_state()
-
-
-def _drew(before: tuple[Any, ...]) -> bool:
-    """Whether somebody has drawn from a global generator since ``before``."""
-    now = _random_states()
-    return not torch.equal(now[0], before[0]) or now[1] != before[1] or str(now[2]) != str(before[2])
-
-
-def _set_random_states(states: tuple[Any, ...]) -> None:
-    torch.default_generator.set_state(states[0])
-    random.setstate(states[1])
-    np.random.set_state(states[2])

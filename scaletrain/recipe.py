@@ -12,9 +12,11 @@ import torch
 from torch import Tensor, nn, optim
 
 from scaletrain.config import Config
+from scaletrain.content import content_hash
 from scaletrain.errors import InputError
 from scaletrain.optimizers import adamw
-from scaletrain.order import Order
+from scaletrain.order import Order, digest_of
+from scaletrain.randomness import random_states, seed_all, set_random_states
 from scaletrain.schedules import Schedule, constant
 
 Columns = dict[str, Tensor]
@@ -29,6 +31,8 @@ MANY_COLUMNS = {
     "DatasetDict": "give one of its splits to each of train, val and test, or all of it to load",
 }
 """Objects that look like columns and are none."""
+READ = 4
+"""Examples of a map-style dataset by which it is told from another."""
 Metric = Tensor | tuple[Tensor, Tensor]
 Hook = Callable[[Any, Any], None]
 
@@ -81,6 +85,8 @@ class Data:
     """Which example each position reads; default: shuffled anew in each epoch by the config's seed."""
     shuffle_buffer: int = 1000
     """Examples of a stream (an IterableDataset) that are shuffled together; 1 keeps its order."""
+    divided: bool = False
+    """The stream divides itself by rank: each process reads all that it gets, and nothing is compared."""
 
     def __post_init__(self) -> None:
         for split in ("train", "val", "test"):
@@ -93,7 +99,7 @@ class Data:
                 isinstance(examples, tuple | str)
                 or (
                     not (hasattr(examples, "__len__") and hasattr(examples, "__getitem__"))
-                    and not (split == "train" and hasattr(examples, "__iter__") and not hasattr(examples, "__len__"))
+                    and not (split == "train" and is_stream(examples))
                 )
             ):
                 raise InputError(
@@ -108,6 +114,8 @@ class Data:
             raise InputError("train is an iterator, which can be read once; give an IterableDataset")
         if self.train is None:
             raise InputError("train is None; a recipe learns from something")
+        if self.divided and not is_stream(self.train):
+            raise InputError(f"divided is for a stream, but train is a {type(self.train).__name__}; leave divided out")
 
     @property
     def n_classes(self) -> int:
@@ -125,7 +133,7 @@ class Data:
 
     def sample(self, most: int = 10_000) -> Columns:
         """Return up to ``most`` training examples as columns, evenly spaced: to scale by, or to see what there is."""
-        n = len(next(iter(self.train.values()))) if isinstance(self.train, Mapping) else len(self.train)
+        n = count(self.train)
         places = np.linspace(0, n - 1, min(n, most)).astype(np.int64)
         whole = self.train.whole if isinstance(self.train, Part) else self.train
         rows = self.train.rows(places) if isinstance(self.train, Part) else places
@@ -136,6 +144,16 @@ class Data:
         many = hasattr(whole, "__getitems__")
         found: Any = whole.__getitems__(rows.tolist()) if many else [whole[int(i)] for i in rows]
         return NamedColumns(default_collate(found) if isinstance(found, list) else found)
+
+
+def count(examples: Any) -> int:
+    """Return how many examples columns or a map-style dataset have."""
+    return len(next(iter(examples.values()))) if isinstance(examples, Mapping) else len(examples)
+
+
+def is_stream(examples: Any) -> bool:
+    """Whether ``examples`` can be iterated, but neither counted nor indexed."""
+    return hasattr(examples, "__iter__") and not hasattr(examples, "__len__")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,33 +203,51 @@ class Recipe:
 def fingerprint(data: Data) -> str:
     """Hash what tells one data set from another: sizes, column types, and a sample of 64 rows of each column.
 
-    Of a map-style dataset, its length and, where it has one, what its method ``fingerprint()`` returns.
+    Of a map-style dataset, its length and what its method ``fingerprint()`` returns, or else a few of its examples.
     """
     digest = hashlib.sha256()
     for split in ("train", "val", "test"):
         digest.update(split.encode())
         _digest(getattr(data, split), digest)
+    digest.update(b" divided" if data.divided else b"")
     return digest.hexdigest()
 
 
 def _digest(examples: Any, digest: "hashlib._Hash") -> None:
     if isinstance(examples, Part):
-        shown = np.ascontiguousarray(examples.rows(np.linspace(0, examples.n - 1, 64).astype(np.int64)), dtype="<i8")
-        digest.update(f" {examples.n} ".encode() + shown.tobytes())
+        digest.update(f" {examples.n} {digest_of(examples.rows)}".encode())
         _digest(examples.whole, digest)
     elif isinstance(examples, Mapping):
         for name, column in examples.items():
             digest.update(f" {name} {tuple(column.shape)} {column.dtype}".encode())
             rows = torch.from_numpy(np.linspace(0, len(column) - 1, 64).astype(np.int64))
-            sample = column[rows].contiguous()
-            digest.update(sample.view(torch.uint8).numpy().tobytes())
-    else:
-        if isinstance(examples, list):
-            some = [examples[i] for i in np.linspace(0, len(examples) - 1, 64).astype(int)]
-            digest.update(repr(some).encode())
-        known, length = getattr(examples, "fingerprint", None), len(examples) if hasattr(examples, "__len__") else None
+            digest.update(content_hash(column[rows]).encode())
+    elif examples is not None:
+        known = getattr(examples, "fingerprint", None)
         known = known() if callable(known) else getattr(examples, "_fingerprint", "")  # the latter of datasets
-        digest.update(f" {length} {known}".encode())
+        length = None if is_stream(examples) else len(examples)
+        digest.update(f" {length} {known or _few(examples)}".encode())
+
+
+def _few(examples: Any) -> str:
+    """Hash a few examples; one that cannot be read or hashed, or is another each time, is left out."""
+    if is_stream(examples):
+        return ""
+    before = random_states()
+    found = [_content(examples, int(place)) for place in np.linspace(0, len(examples) - 1, READ)]
+    set_random_states(before)
+    return " ".join(found)
+
+
+def _content(examples: Any, index: int) -> str:
+    found = set()
+    try:
+        for _ in range(2):
+            seed_all(0)
+            found.add(content_hash(examples[index]))
+    except Exception:  # reading it will say so when it is needed
+        return ""
+    return found.pop() if len(found) == 1 else ""
 
 
 def unmet(expect: Mapping[str, str] | None, metrics: Mapping[str, float]) -> list[str]:

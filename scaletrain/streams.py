@@ -1,35 +1,31 @@
 """Training data that can only be read from front to back: shared out, shuffled in windows, resumed exactly."""
 
 import copy
-import hashlib
 import json
 import time
 from collections.abc import Iterator
-from itertools import chain, combinations, islice
+from itertools import combinations, islice
 from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, IterableDataset, default_collate
+from torch.utils.data import DataLoader, IterableDataset
 
 from scaletrain import workers
 from scaletrain.agreement import gather_texts, together
+from scaletrain.content import content_hash
 from scaletrain.errors import InputError
 from scaletrain.loader import MicroBatch, copied_ahead, to_device
 from scaletrain.order import Share, seed_for, seeds_for, split
-from scaletrain.readers import Collate, narrow, seed_all, unreadable
-from scaletrain.workers import Failure, answers_of, as_is, leave_signals, worker_is_lost
+from scaletrain.randomness import seed_all
+from scaletrain.readers import Collate, collated, narrow, unreadable
+from scaletrain.workers import BROKEN_PIPE, Failure, answers_of, as_is, leave_signals, worker_is_lost
 
-COMPARED = 8
+COMPARED = 32
 """Examples by which the processes find out whether they read the same."""
 NEW = {"pass": 0, "read": 0, "source": None, "window": 0, "taken": 0}
 """The state of a stream that nobody has read from."""
-
-
-def is_stream(examples: Any) -> bool:
-    """Whether ``examples`` can be iterated, but neither counted nor indexed."""
-    return hasattr(examples, "__iter__") and not hasattr(examples, "__len__")
 
 
 class Stream:
@@ -86,7 +82,9 @@ class Stream:
         except InputError:
             raise
         except Exception as error:
-            raise unreadable(error, f"example {read} of pass {done} of the stream", [read]) from error
+            raise unreadable(
+                error, f"example {read} of pass {done} of the stream", "mend it, or do not yield it"
+            ) from error
 
     def _open(self, done: int, source: Any) -> Any:
         dataset = copy.copy(self._dataset)
@@ -112,7 +110,7 @@ class StreamLoader:
         self.examples = steps * share.batch_size
         self.waited_seconds = 0.0
         self.bad: dict[int, str] = {}
-        self._collate, self._double = collate or default_collate, double
+        self._collate, self._double = collate, double
         self._counted = [part.stop - part.start for part in split(share.size, micro_batches)]
 
     @property
@@ -141,7 +139,7 @@ class StreamLoader:
         """
         try:
             yield from self._steps()
-        except (RuntimeError, OSError, EOFError) as error:
+        except (RuntimeError, *BROKEN_PIPE) as error:
             if not self.workers or not worker_is_lost(error):
                 raise
             yield from self._steps()
@@ -177,7 +175,7 @@ class StreamLoader:
         """Read one step; a process short of a micro-batch repeats its last example."""
         rows = list(islice(examples, self.share.size))
         parts = [rows[part] or rows[-1:] for part in split(len(rows), self.micro_batches)]
-        batches = [self._collate(part) for part in parts]
+        batches = [collated(self._collate, part) for part in parts]
         return batches if self._double else [narrow(batch) for batch in batches]
 
 
@@ -200,41 +198,48 @@ class _Steps(IterableDataset[Any]):
             yield step
 
 
-def shared_out(dataset: Any, rank: int, world_size: int, group: dist.ProcessGroup | None) -> Any:
+def shared_out(
+    dataset: Any, rank: int, world_size: int, group: dist.ProcessGroup | None, *, divided: bool = False
+) -> Any:
     """Return this process's part of a stream: whole shards where it has enough of them, else every W-th example.
 
-    A stream of which every process already sees other examples stays as it is. Raises InputError where two processes
-    would read the same. Every rank must reach this line.
+    One that is ``divided``, or of which every process already sees other examples, stays as it is. Raises InputError
+    where two processes would read the same. Every rank must reach this line.
     """
     together(lambda: _check(dataset), group)
-    if world_size == 1:
+    if world_size == 1 or divided:
         return dataset
-    seen = _samples(dataset, group)
-    if not _alike(seen):
-        return dataset
-    if type(dataset).__module__.startswith("datasets."):
-        from datasets.distributed import split_dataset_by_node
-
-        part = split_dataset_by_node(dataset, rank, world_size)
-    elif hasattr(dataset, "shard") and getattr(dataset, "num_shards", 0) >= world_size:
-        part = dataset.shard(num_shards=world_size, index=rank)
-    else:
-        part = EveryNth(dataset, rank, world_size)
+    part = _divided(dataset, rank, world_size, group)
     if pairs := _alike(_samples(part, group)):
-        raise InputError(f"ranks {pairs[0][0]} and {pairs[0][1]} read the same examples of the stream")
+        raise InputError(
+            f"ranks {pairs[0][0]} and {pairs[0][1]} read the same examples of the stream; where it divides itself by "
+            "rank, and these only look the same, say Data(divided=True)"
+        )
     return part
 
 
-def _samples(dataset: Any, group: dist.ProcessGroup | None) -> list[set[str]]:
+def _divided(dataset: Any, rank: int, world_size: int, group: dist.ProcessGroup | None) -> Any:
+    if type(dataset).__module__.startswith("datasets."):
+        from datasets.distributed import split_dataset_by_node
+
+        return dataset if dataset._distributed else split_dataset_by_node(dataset, rank, world_size)
+    seen = _samples(dataset, group)
+    if any(sample != seen[0] for sample in seen):
+        return dataset
+    if hasattr(dataset, "shard") and getattr(dataset, "num_shards", 0) >= world_size:
+        return dataset.shard(num_shards=world_size, index=rank)
+    return EveryNth(dataset, rank, world_size)
+
+
+def _samples(dataset: Any, group: dist.ProcessGroup | None) -> list[list[str]]:
     """Return hashes of the first few examples that each process sees. Every rank must reach this line."""
     own = together(lambda: _sample(dataset), group)
-    return [set(json.loads(text)) for text in gather_texts(json.dumps(own), group)]
+    return [json.loads(text) for text in gather_texts(json.dumps(own), group)]
 
 
-def _alike(seen: list[set[str]]) -> list[tuple[int, int]]:
-    """Return the pairs of processes that see mostly the same; a few alike may lie in the data."""
-    pairs = combinations(range(len(seen)), 2)
-    return [(a, b) for a, b in pairs if 2 * len(seen[a] & seen[b]) > min(len(seen[a]), len(seen[b]))]
+def _alike(seen: list[list[str]]) -> list[tuple[int, int]]:
+    """Return the pairs of processes that see the same examples, one after the other."""
+    return [(a, b) for a, b in combinations(range(len(seen)), 2) if seen[a] and seen[a] == seen[b]]
 
 
 class EveryNth:
@@ -253,11 +258,21 @@ class EveryNth:
 
 def _check(dataset: Any) -> None:
     """Raise InputError for a stream whose place cannot be kept."""
-    if type(getattr(dataset, "_ex_iterable", None)).__name__ == "BufferShuffledExamplesIterable":
-        raise InputError(
-            "the stream is shuffled in a buffer of its own, whose content no checkpoint has; leave .shuffle() out and "
-            "say Data(..., shuffle_buffer=1000)"
-        )
+    for layer in _layers(getattr(dataset, "_ex_iterable", None)):
+        if type(layer).__name__ == "BufferShuffledExamplesIterable":
+            raise InputError(
+                "the stream is shuffled in a buffer of its own, whose content no checkpoint has; leave .shuffle() out "
+                "and say Data(..., shuffle_buffer=1000)"
+            )
+
+
+def _layers(layer: Any) -> Iterator[Any]:
+    """Yield what a stream of datasets is made of, from what it was given last down to its files."""
+    yield layer
+    inner = getattr(layer, "ex_iterables", None) or [getattr(layer, "ex_iterable", None)]
+    for part in inner:
+        if part is not None:
+            yield from _layers(part)
 
 
 def _state_of(dataset: Any) -> Any:
@@ -265,10 +280,18 @@ def _state_of(dataset: Any) -> Any:
 
 
 def _sample(dataset: Any) -> list[str]:
-    """Hash each of the first few examples."""
+    """Hash each of the first few examples. Raises InputError for one that cannot be read or hashed."""
     seed_all(0)
-    found = []
-    for example in islice(iter(copy.copy(dataset)), COMPARED):
-        leaves = chain.from_iterable(example.items()) if isinstance(example, dict) else [example]
-        found.append(hashlib.sha256(repr(list(leaves)).encode()).hexdigest()[:16])
-    return found
+    try:
+        examples = list(islice(iter(copy.copy(dataset)), COMPARED))
+    except Exception as error:
+        raise unreadable(
+            error, f"one of the first {COMPARED} examples of the stream", "mend it, or do not yield it"
+        ) from error
+    try:
+        return [content_hash(example)[:16] for example in examples]
+    except TypeError as error:
+        raise InputError(
+            f"the processes cannot compare what they read of the stream: {error} has no content to hash; give tensors, "
+            "arrays, images, numbers and text, or divide it by rank yourself and say Data(divided=True)"
+        ) from error

@@ -20,6 +20,8 @@ from scaletrain.signals import obey_parent_alone
 T = TypeVar("T")
 TIMEOUT_SECONDS = 300
 """How long a worker may take for a batch before it is taken for hung."""
+BROKEN_PIPE = (ConnectionError, EOFError, FileNotFoundError)
+"""What receiving a tensor raises when the worker that sends it, or its socket, is gone."""
 
 
 def chosen_workers(reader: Reader, asked: int | None, local_world_size: int) -> int:
@@ -42,7 +44,7 @@ def read_ahead(reader: Reader, requests: Iterable[Request], workers: int, device
     rest = iter(requests)
     try:
         yield from _answers(reader, rest, waiting, workers, device)
-    except (RuntimeError, OSError, EOFError) as error:
+    except (RuntimeError, *BROKEN_PIPE) as error:
         if not worker_is_lost(error):
             raise
         yield from _answers(reader, chain(list(waiting), rest), deque(), workers, device)
@@ -133,9 +135,11 @@ def answers_of(loader: DataLoader[Any]) -> Iterator[Any]:
 
 
 def worker_is_lost(error: Exception) -> bool:
-    """Say so, once, if ``error`` means that a worker died or hung; readers raise InputError alone."""
-    why = str(error).splitlines()[0] if isinstance(error, RuntimeError) else "DataLoader worker exited unexpectedly"
-    if not why.startswith("DataLoader"):  # torch's word for both
+    """Say so, once, if ``error`` means that a worker died or hung: torch says it, or the pipe to the worker breaks."""
+    why = (str(error).splitlines() or [""])[0]
+    if isinstance(error, BROKEN_PIPE) and not why.startswith("Caught"):  # torch's word for what a worker raised
+        why = "DataLoader worker exited unexpectedly"
+    elif not isinstance(error, RuntimeError) or not why.startswith("DataLoader"):
         return False
     sys.stderr.write(f"warning: {why}; the workers are started again, once\n")
     return True

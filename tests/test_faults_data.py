@@ -1,8 +1,10 @@
 """Data under fire: resumed at every step, workers killed and hung, files that vanish: rows L1 to L4."""
 
+import json
 import os
 import re
 import signal
+import sys
 import time
 from dataclasses import replace
 from itertools import chain, product
@@ -13,15 +15,20 @@ import psutil
 import pytest
 import tiny
 import torch
+import torch.distributed as dist
 from faultload import ALL, amount, draw, report
+from launching import TORCHRUN, launch, script
+from PIL import Image
 from test_checkpoints import ends_with, left_after
 from test_loader import CPU, Jittered
 
-from scaletrain import Data, InputError, main
+from scaletrain import Data, InputError, load, main, start, train
 from scaletrain import workers as workers_module
 from scaletrain.loader import Loader
 from scaletrain.order import Given, Sequential, Share, Shuffled, Weighted, micro_batch_count
 from scaletrain.readers import ColumnReader, ExampleReader
+from scaletrain.recipe import fingerprint
+from scaletrain.sources import columns
 
 N, BATCH = 37, 8
 STEPS = -(-3 * N // BATCH)
@@ -122,11 +129,11 @@ def test_from_every_step_of_three_epochs_every_process_reads_what_the_oracle_say
 class Noisy:
     """Rows of the table, with noise; one may be made to fail."""
 
-    def __init__(self, fail=None):
-        self.table, self.fail = {name: torch.as_tensor(c) for name, c in tiny.table().items()}, fail
+    def __init__(self, fail=None, n=101):
+        self.table, self.fail = {name: torch.as_tensor(c) for name, c in tiny.table(n).items()}, fail
 
     def __len__(self):
-        return 101
+        return len(self.table["row"])
 
     def __getitem__(self, i):
         if self.fail is not None:
@@ -152,6 +159,44 @@ def test_two_resumes_in_one_epoch_change_nothing(tmp_path):
         more = ["--max-steps", max_steps, "--checkpoint-every", "1", "--out", str(tmp_path / "run")]
         main(recipe_with(), [*argv, *more])
     assert bits(tmp_path / "run")[1] == bits(tmp_path / "whole")[1]
+
+
+def check_real_processes(shared_path):
+    """Train 3 epochs with every order, stopped at two steps of one of them; compare what was read with the oracle."""
+    steps_done = []
+
+    def loss(model, batch, cfg):
+        steps_done.append(batch["row"].tolist())
+        return tiny.loss(model, batch, cfg)
+
+    for kind, workers in product(ORDERS, (None, 1)):
+        train_on = tiny.table(N) if workers is None else Noisy(n=N)
+        order = None if kind == "shuffled" else ORDERS[kind]
+        data = Data(train_on, order=order)
+        recipe = replace(tiny.recipe, data=lambda cfg, data=data: data, loss=loss)
+        where = str(shared_path / f"{kind}-{workers}")
+        mine = []
+        for last in (6, 8, None):  # steps 6 and 8 lie in the second epoch
+            cfg = tiny.TinyConfig(seed=5, batch_size=BATCH, epochs=3, max_steps=last, workers=workers, out=where)
+            run = start(recipe, cfg)
+            assert run.total_steps == (last or STEPS)
+            steps_done.clear()
+            train(run)
+            mine += steps_done
+        parts = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, mine)
+        read = [list(chain(*step)) for step in zip(*parts, strict=True)]
+        assert read == [[oracle(kind, step * BATCH + i) for i in range(BATCH)] for step in range(STEPS)], kind
+
+
+@pytest.mark.world_size(2)
+def test_two_processes_that_stop_twice_in_an_epoch_read_what_the_oracle_says(shared_path):
+    check_real_processes(shared_path)
+
+
+@pytest.mark.world_size(3)
+def test_three_processes_that_stop_twice_in_an_epoch_read_what_the_oracle_says(shared_path):
+    check_real_processes(shared_path)
 
 
 # L2: workers that die and hang
@@ -202,6 +247,26 @@ def test_a_worker_that_hangs_is_replaced(tmp_path, monkeypatch, capfd):
     report("L2 a worker hangs", 1, "started again from where it was, all bits equal")
 
 
+def test_what_means_a_lost_worker_and_what_does_not(capfd):
+    for error in (
+        RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly"),
+        RuntimeError("DataLoader timed out after 300 seconds"),
+        ConnectionResetError(104, "Connection reset by peer"),
+        EOFError(),
+        FileNotFoundError(2, "No such file or directory"),
+    ):
+        assert workers_module.worker_is_lost(error)
+        assert "DataLoader" in capfd.readouterr().err
+    for error in (
+        OSError(24, "Too many open files"),
+        OSError(12, "Cannot allocate memory"),
+        PermissionError(13, "Permission denied"),
+        FileNotFoundError("Caught FileNotFoundError in DataLoader worker process 0."),
+        RuntimeError("Too many open files. Communication with the workers is no longer possible."),
+    ):
+        assert not workers_module.worker_is_lost(error)
+
+
 # L2, L3: examples that cannot be read
 
 
@@ -239,11 +304,70 @@ def test_bad_examples_are_replaced_by_the_same_ones_also_when_the_run_goes_on(tm
     report("L3 three bad examples, resumed", amount(19, 2) * 2, "the same replacements, all bits equal")
 
 
+@pytest.mark.parametrize(
+    ("order", "allowed"),
+    [
+        (Given(np.arange(50)), range(50)),
+        (Weighted(np.where(np.arange(101) % 2, 1.0, 0.0)), range(1, 101, 2)),
+    ],
+    ids=["given", "weighted"],
+)
+def test_a_bad_example_is_replaced_by_one_of_the_order_also_on_other_workers_and_processes(order, allowed):
+    bad = corrupt(*(i for i in allowed if i % 5 == 2))
+    wanted = []
+    for world_size, workers in ((1, 0), (1, 1), (2, 0), (3, 0)):
+        parts = []
+        for rank in range(world_size):
+            reader = ExampleReader(Noisy(bad), seed=3, instead=order)
+            share = Share(order, 10, rank, world_size)
+            parts.append(rows_of(Loader(reader, share, 1, workers=workers, device=CPU, most_bad=101), 0, 21))
+            parts[-1][7:] = rows_of(Loader(reader, share, 1, workers=workers, device=CPU, most_bad=101), 70, 14)
+        found = [list(chain(*step)) for step in zip(*parts, strict=True)]
+        wanted = wanted or found
+        assert found == wanted
+    read = set(chain(*wanted))
+    assert read <= set(allowed)
+    assert all(i % 5 != 2 for i in read)
+    assert len(read) > 30
+
+
 def test_more_bad_examples_than_allowed_end_the_run(tmp_path, capfd):
     with pytest.raises(SystemExit) as ended:
         main(recipe_with(corrupt(17, 40, 99)), ["--max-steps", "20", "--skip-bad", "2"])
     assert ended.value.code == 2
-    assert "--skip-bad allows 2 on each process, and this is one more" in capfd.readouterr().err
+    assert "; --skip-bad allows 2, and it is number 3; mend some, or allow more to go on" in capfd.readouterr().err
+
+
+@pytest.mark.world_size(2)
+def test_what_processes_replaced_is_added_up_at_a_checkpoint_and_known_to_all_that_go_on(shared_path):
+    order = Given(np.arange(48))  # of each step of 12, rank 0 reads the first 6
+    recipe = replace(recipe_with(corrupt(1, 3, 7, 9)), data=lambda cfg: Data(Noisy(corrupt(1, 3, 7, 9)), order=order))
+
+    def run_to(last, skip_bad, name="run", **more):
+        where = {"workers": 0, "out": str(shared_path / name)}
+        run = start(recipe, tiny.TinyConfig(batch_size=12, max_steps=last, skip_bad=skip_bad, **where, **more))
+        train(run)
+        return run
+
+    assert sorted(run_to(2, 3).loader.bad) == [1, 3, 7, 9]  # 2 on each, and all are saved
+    with pytest.raises(InputError, match=r"--skip-bad allows 3, and it is number 4; mend some, or allow more"):
+        run_to(4, 3)
+    assert sorted(run_to(4, 4).loader.bad) == [1, 3, 7, 9]
+    with pytest.raises(InputError, match=r"--skip-bad allows 3, and it is number 4"):
+        run_to(4, 3, "in one go", checkpoint_every=2)
+
+
+def test_a_run_goes_on_alone_from_what_two_processes_replaced(tmp_path, capfd):
+    body = (
+        "import sys; sys.path.insert(0, 'tests')\nfrom test_faults_data import Noisy, corrupt\n"
+        "main(replace(tiny.recipe, data=lambda cfg: Data(Noisy(corrupt(17, 40, 99)))))"
+    )
+    argv = [script(tmp_path, body), "--workers", "0", "--out", tmp_path / "run", "--skip-bad", "3"]
+    assert launch(*TORCHRUN, *argv, "--max-steps", "14").returncode == 0
+    alone = launch(sys.executable, *argv, "--max-steps", "20")
+    assert alone.returncode == 0, alone.stderr
+    assert "takes its place" not in alone.stderr  # all three are known
+    assert len(json.loads((tmp_path / "run/result.json").read_text())["examples_replaced"]) == 3
 
 
 def test_validation_never_replaces_an_example(tmp_path, capsys):
@@ -287,22 +411,103 @@ def test_data_that_changed_between_runs_is_refused(tmp_path, capsys):
     report("L4 other data under the same name", len(changes), "refused")
 
 
-def test_a_file_that_vanishes_in_the_midst_of_a_run_is_named(tmp_path, capsys):
-    from PIL import Image
+class Shifted:
+    """A map-style dataset that draws, with some rows that cannot be read and some that are another each time."""
 
-    from scaletrain import load
-    from scaletrain.sources import columns
+    def __init__(self, shift=0):
+        self.shift = shift
 
+    def __len__(self):
+        return 100
+
+    def __getitem__(self, i):
+        if i == 0:
+            raise OSError(5, "Input/output error")
+        noise = np.random.default_rng().random() if i == 33 else np.random.rand()  # 33 is as the user made it
+        return {"x": torch.full((5,), float(i + self.shift + noise)), "y": i % 3}
+
+
+def test_a_map_style_data_set_that_changed_between_runs_is_refused(tmp_path, capsys):
+    argv = ["--workers", "0", "--skip-bad", "1", "--out", str(tmp_path / "run")]
+    seen = np.random.get_state()[1].tolist()
+    assert fingerprint(Data(Shifted())) == fingerprint(Data(Shifted()))
+    assert np.random.get_state()[1].tolist() == seen
+    main(replace(tiny.recipe, data=lambda cfg: Data(Shifted())), [*argv, "--max-steps", "5"])
+    main(replace(tiny.recipe, data=lambda cfg: Data(Shifted())), [*argv, "--max-steps", "6"])
+    recipe = replace(tiny.recipe, data=lambda cfg: Data(Shifted(5)))
+    said = ends_with(2, capsys, lambda: main(recipe, [*argv, "--max-steps", "9"]))
+    assert "was made with other training or validation data" in said
+    images = [[{"x": Image.new("RGB", (9, 9), (red, 0, 0))} for _ in range(9)] for red in (1, 1, 2)]
+    assert fingerprint(Data(images[0])) == fingerprint(Data(images[1])) != fingerprint(Data(images[2]))
+
+
+def test_an_order_that_changed_between_runs_is_refused(tmp_path, capsys):
+    swapped, heavier = np.arange(100_000), np.ones(100_000)
+    swapped[[5_000, 60_000]] = swapped[[60_000, 5_000]]
+    heavier[50_000] = 50
+    table = {"x": np.zeros((100_000, 5)), "y": np.arange(100_000) % 3}
+    for name, order, other in (
+        ("given", Given(np.arange(100_000)), Given(swapped)),
+        ("weighted", Weighted(np.ones(100_000)), Weighted(heavier)),
+        ("sequential", Sequential(100_000), None),
+    ):
+        argv = ["--out", str(tmp_path / name)]
+        main(replace(tiny.recipe, data=lambda cfg, order=order: Data(table, order=order)), [*argv, "--max-steps", "3"])
+        recipe = replace(tiny.recipe, data=lambda cfg, other=other: Data(table, order=other))
+        said = ends_with(2, capsys, lambda recipe=recipe, argv=argv: main(recipe, [*argv, "--max-steps", "6"]))
+        assert "was made with another order of the examples" in said
+    report("L4 another order of the same data", 3, "refused")
+
+
+def pets(folder):
+    """A folder of 60 images, larger than what is kept in memory, and a recipe that learns from it."""
     for cls, i in product(("cat", "dog"), range(30)):
-        (tmp_path / "pets" / cls).mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (4, 4), (i, 0, 0)).save(tmp_path / f"pets/{cls}/{i}.png")
-    data = load(str(tmp_path / "pets"), split_seed=None)
-    assert len(data.train["label"]) == 60
-    original, columns.COPIED_BYTES = columns.COPIED_BYTES, 0
-    try:
-        lazy = load(str(tmp_path / "pets"), split_seed=None)
-    finally:
-        columns.COPIED_BYTES = original
-    (tmp_path / "pets/dog/7.png").unlink()
-    with pytest.raises(InputError, match=r"image .*dog/7\.png \(row \d+\): .*No such file"):
-        lazy.train.__getitems__(list(range(60)))
+        (folder / cls).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(folder / cls / f"{i}.png")
+
+    def model(cfg, data):
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
+
+    def loss(model, batch, cfg):
+        return torch.nn.functional.cross_entropy(model(batch["image"]), batch["label"])
+
+    return replace(
+        tiny.recipe, data=lambda cfg: load(str(folder), split_seed=None), model=model, loss=loss, evaluate=None
+    )
+
+
+def vanish(file):
+    file.unlink()
+
+
+def cut(file):
+    file.write_bytes(file.read_bytes()[:45])
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize(("damage", "said"), [(vanish, "No such file"), (cut, "dog/7.png")])
+def test_a_file_that_vanishes_or_is_cut_in_the_midst_of_a_run_is_named_or_replaced(
+    damage, said, workers, tmp_path, monkeypatch, capfd
+):
+    monkeypatch.setattr(columns, "COPIED_BYTES", 0)
+    recipe = pets(tmp_path / "pets")
+    argv = ["--batch-size", "12", "--workers", workers, "--log-every", "1"]
+    hurt = tmp_path / "pets/dog/7.png"
+    whole = hurt.read_bytes()
+
+    def after_the_first_step(run, info):
+        if info.step == 1:
+            damage(hurt)
+
+    recipe = replace(recipe, hooks=lambda cfg: [after_the_first_step])
+    with pytest.raises(SystemExit) as ended:  # the second epoch reads it again, if the first had it before the damage
+        main(recipe, [*argv, "--max-steps", "12", "--out", str(tmp_path / "stops")])
+    assert ended.value.code == 2
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert re.search(r"image .*dog/7\.png \(row 57\)", line)
+    assert said in line
+    hurt.write_bytes(whole)
+    main(recipe, [*argv, "--max-steps", "12", "--skip-bad", "1", "--out", str(tmp_path / "goes")])
+    assert "warning: example 57 cannot be read: image" in capfd.readouterr().err
+    assert list(json.loads((tmp_path / "goes/result.json").read_text())["examples_replaced"]) == ["57"]
+    report("L3 a file vanishes or is cut in the midst of a run", 2, "named, or replaced")

@@ -12,7 +12,7 @@ import scaletrain
 
 LAYERS = (  # each may import those before it
     ("errors",),
-    ("order", "schedules", "config", "state", "signals"),
+    ("order", "schedules", "config", "state", "signals", "content", "randomness"),
     ("agreement", "optimizers", "loss"),
     ("metrics",),
     ("devices",),

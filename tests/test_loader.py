@@ -1,10 +1,13 @@
 """From indices to micro-batches: columns in memory, datasets read by workers, randomness by position."""
 
+import datetime
 import json
 import random
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +20,7 @@ from benchmarks import large_map
 from benchmarks.children import in_child
 from scaletrain import Data, Given, Sequential, Weighted, main, start, steps, validate
 from scaletrain.errors import InputError
-from scaletrain.loader import HeldOut, Loader, length, to_device
+from scaletrain.loader import HeldOut, Loader, copied_ahead, length, one_ahead, to_device
 from scaletrain.order import Share, Shuffled, micro_batch_count
 from scaletrain.readers import ColumnReader, ExampleReader, make_reader
 from scaletrain.workers import chosen_workers
@@ -212,6 +215,80 @@ def test_batches_of_every_kind_move_to_a_device():
     assert to_device(batch, CPU) is batch
 
 
+def test_one_is_taken_ahead_and_what_that_raises_comes_in_its_turn():
+    done = []
+
+    def numbers(last, error=None):
+        for i in range(last):
+            done.append(f"take {i}")
+            yield i
+        if error:
+            raise error
+
+    def use(items):
+        done.extend(f"use {i}" for i in items)
+
+    use(one_ahead(numbers(4)))
+    assert done == ["take 0", "use 0", "take 1", "take 2", "use 1", "take 3", "use 2", "use 3"]
+    for last in range(4):
+        done.clear()
+        with pytest.raises(InputError, match="example 7"):
+            use(one_ahead(numbers(last, InputError("example 7 cannot be read"))))
+        assert done[-1:] == [f"use {last - 1}"] * (last > 0)
+        assert [did for did in done if did.startswith("use")] == [f"use {i}" for i in range(last)]
+    assert list(one_ahead(iter([]))) == []
+    assert list(one_ahead(iter([1]))) == [1]
+
+
+class StandIn:
+    """A CUDA stream or event that writes down what is asked of it."""
+
+    def __init__(self, told, name):
+        self.told, self.name = told, name
+
+    def record_event(self):
+        return StandIn(self.told, "event")
+
+    def wait_event(self, event):
+        self.told.append(f"{self.name} waits")
+
+
+@pytest.mark.parametrize("last", [0, 1, 2, 5])
+def test_copies_to_cuda_are_waited_for_and_handed_out_in_order_up_to_the_one_that_fails(last, monkeypatch):
+    told = []
+
+    def to_stand_in(batch, device):
+        told.append(f"copy {int(batch['x'][0])}")
+        return batch
+
+    monkeypatch.setattr("scaletrain.loader.copies_without_waiting", lambda kind: True)
+    monkeypatch.setattr("scaletrain.loader.to_device", to_stand_in)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: StandIn(told, "copying"))
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: nullcontext())
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: StandIn(told, "computing"))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda tensor, stream: told.append(f"keep {int(tensor[0])}"))
+
+    def found():
+        for i in range(last):
+            yield {"x": torch.tensor([i])}, f"rest {i}"
+        raise InputError(f"example {last} cannot be read")
+
+    handed = []
+
+    def train():
+        for batch, rest in copied_ahead(found(), CPU):
+            handed.append((int(batch["x"][0]), rest))
+            told.append(f"use {handed[-1][0]}")
+
+    with pytest.raises(InputError, match=f"example {last} cannot"):
+        train()
+    assert handed == [(i, f"rest {i}") for i in range(last)]
+    for i in range(last):
+        turn = told.index(f"use {i}")
+        assert told[turn - 2 : turn] == ["computing waits", f"keep {i}"]
+        assert (f"copy {i + 1}" in told[:turn]) == (0 < i < last - 1)
+
+
 class Slow(Jittered):
     """Rows that take 5 ms each."""
 
@@ -324,6 +401,15 @@ def test_columns_may_live_on_the_device():
     assert reader.device.type == "meta"
 
 
+def test_columns_that_were_moved_are_in_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("scaletrain.readers.KEPT_BYTES", 0)
+    mapped = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.float32, (48, 3))
+    reader = ColumnReader(Data({"x": mapped}).train)
+    assert not reader.in_memory
+    reader.move_to(torch.device("meta"))
+    assert reader.in_memory
+
+
 class Drawing:
     """A dataset with __getitems__ that draws what __getitem__ draws, as torch's Subset does."""
 
@@ -345,10 +431,78 @@ def test_a_dataset_whose_getitems_draws_is_read_example_by_example():
         assert examples(found) == wanted
 
 
-def test_examples_that_make_no_batch_are_named():
-    rows = [torch.zeros(1 + i % 2) for i in range(48)]
-    with pytest.raises(InputError, match=r"the examples \d+, .* make no batch: RuntimeError: stack expects .*collate"):
-        first_steps(loader(make_reader(rows, None, 0, double=False)), 1)
+@pytest.mark.parametrize(
+    ("odd", "said"),
+    [
+        ({"x": torch.zeros(3), "y": 1}, r"\(x \(2,\) and \(3,\)\) make no batch: RuntimeError: stack expects"),
+        ({"x": torch.zeros(2), "y": None}, r"\(y int and NoneType\) make no batch: RuntimeError"),
+        ({"x": torch.zeros(2)}, r"\(y int and missing\) make no batch: KeyError"),
+        ({"x": torch.zeros(2), "y": 1, "z": [1]}, None),
+    ],
+)
+@pytest.mark.parametrize("together", [False, True])
+def test_examples_that_make_no_batch_are_named(odd, said, together):
+    rows = [odd if i == 7 else {"x": torch.zeros(2), "y": 1} for i in range(12)]
+
+    class Rows(list):
+        def __getitems__(self, indices):
+            return [self[i] for i in indices]
+
+    reader = make_reader(Rows(rows) if together else rows, None, 0, double=False)
+    read = partial(reader, (np.arange(12), np.arange(12)))
+    if said is None:  # a column more in one of them is left out, as torch does
+        assert len(read().batch["x"]) == 12
+        return
+    with pytest.raises(InputError, match=rf"the examples 0 and 7 {said}.*give the recipe a collate that pads or packs"):
+        read()
+
+
+def test_examples_of_a_type_that_makes_no_batch_are_one_line():
+    rows = [{"when": datetime.date(2020, 1, 1)}] * 12
+    with pytest.raises(InputError, match=r"^the examples 0, 1, .*, 7, ... make no batch: TypeError: default_collate"):
+        make_reader(rows, None, 0, double=False)((np.arange(12), np.arange(12)))
+
+    def broken(examples):
+        raise IndexError("pop from empty list")
+
+    with pytest.raises(InputError, match=r"make no batch: IndexError: pop from empty list \(test_loader.py, line"):
+        make_reader(rows, broken, 0, double=False)((np.arange(12), np.arange(12)))
+
+
+class Sized:
+    """Images of rows that stack only with their like; row 5 cannot be read."""
+
+    def __init__(self, sizes):
+        self.sizes = sizes
+
+    def __len__(self):
+        return len(self.sizes)
+
+    def __getitem__(self, i):
+        return self.__getitems__([i])
+
+    def __getitems__(self, indices):
+        if 0 in [self.sizes[i] for i in indices]:
+            raise OSError(5, "Input/output error")
+        return {"x": torch.stack([torch.zeros(self.sizes[i]) for i in indices]), "row": torch.tensor(indices)}
+
+
+@pytest.mark.parametrize("instead", [None, Sequential(8)])
+def test_a_dataset_read_many_rows_at_once_says_which_row_it_was(instead):
+    request = (np.arange(8), np.arange(8))
+    mixed = make_reader(Sized([2, 2, 3, 2, 2, 2, 2, 2]), None, 0, double=False, instead=instead)
+    with pytest.raises(InputError, match=r"the examples 0, 1, .* cannot be read together: RuntimeError: stack expects"):
+        mixed(request)
+    broken = make_reader(Sized([2, 2, 2, 2, 2, 0, 2, 2]), None, 0, double=False, instead=instead)
+    if instead is None:
+        with pytest.raises(InputError, match=r"^example 5 cannot be read: OSError: .*--skip-bad"):
+            broken(request)
+    else:
+        batch, (bad,) = broken(request)
+        assert (bad.example, batch["row"][5].item()) == (5, bad.replaced_by)
+    drawing = make_reader(OnlyTogether(), None, 0, double=False, instead=instead)
+    with pytest.raises(InputError, match=r"^OnlyTogether.__getitems__ draws random numbers"):
+        drawing(request)
 
 
 def test_an_iterator_and_a_buffer_of_none_are_refused():

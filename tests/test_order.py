@@ -1,6 +1,7 @@
 """The order of the examples: a bijection in each epoch, shared out without overlap, at a cost that does not grow."""
 
 import math
+import re
 import time
 import tracemalloc
 
@@ -10,7 +11,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scaletrain import InputError
-from scaletrain.order import Given, Sequential, Share, Shuffled, Weighted, micro_batch_count, seed_for, split
+from scaletrain.order import (
+    Given,
+    Sequential,
+    Share,
+    Shuffled,
+    Weighted,
+    checked,
+    digest_of,
+    micro_batch_count,
+    seed_for,
+    split,
+)
 
 sizes = st.integers(1, 3000)
 seeds = st.integers(0, 2**63 - 1)
@@ -155,3 +167,85 @@ def test_seeds_differ_for_different_keys_and_stay_for_equal_ones():
     assert len({seed_for(*key) for key in keys}) == len(keys)
     assert len({seed_for(*key) & 0xFFFFFFFF for key in keys}) > len(keys) - 3  # torch's CPU generator takes 32 bits
     assert seed_for(1, 2, 3) == seed_for(1, 2, 3) < 2**64
+
+
+@pytest.mark.parametrize(
+    ("indices", "said"),
+    [
+        ([], "Given has float64 of shape (0,); it takes one row of example numbers"),
+        ([1.0, 2.0], "Given has float64 of shape (2,)"),
+        (
+            [True, False],
+            "Given has bool of shape (2,); it takes one row of example numbers; of a mask give np",
+        ),
+        ([[1, 2]], "Given has int64 of shape (1, 2)"),
+        (3, "Given has int64 of shape ()"),
+    ],
+)
+def test_what_is_no_row_of_example_numbers_is_refused(indices, said):
+    with pytest.raises(InputError, match=re.escape(said)):
+        Given(indices)
+    assert Given([1, 2, 3])(np.arange(4)).tolist() == [1, 2, 3, 1]
+
+
+@pytest.mark.parametrize("kind", [Sequential, Shuffled])
+@pytest.mark.parametrize("n", [0, -1, 3.0])
+def test_an_order_of_no_examples_is_refused(kind, n):
+    with pytest.raises(InputError, match=f"{kind.__name__} has n {n}; it is the number of examples, at least 1"):
+        kind(n)
+
+
+class Own:
+    """An order of the user's own that returns what it is told to."""
+
+    def __init__(self, n, answer):
+        self.n, self.answer = n, answer
+
+    def __call__(self, positions):
+        return self.answer(positions)
+
+
+@pytest.mark.parametrize(
+    ("order", "said"),
+    [
+        (Shuffled(41), "the order Shuffled is of 41 examples, but there are 40"),
+        (Sequential(39), "the order Sequential is of 39 examples"),
+        (Weighted(np.ones(41)), "the order Weighted is of 41 examples"),
+        (Given(np.arange(0)), "the order has 0 examples; it needs at least one"),
+        (Given([0, 40]), "the order asks for example 40, but there are 40: 0 to 39"),
+        (Given([0, -1]), "the order asks for example -1, but there are 40"),
+        (lambda positions: positions, "order is a function; it must have n, the examples of an epoch, and map"),
+        ([1, 2, 3], "order is a list; it must have n"),
+        (Own(40.0, None), "order is a Own; it must have n"),
+    ],
+)
+def test_an_order_that_is_not_of_these_examples_is_refused(order, said):
+    with pytest.raises(InputError, match=re.escape(said)):
+        checked(order, 40)
+
+
+def test_each_block_of_an_order_of_the_users_own_is_checked():
+    assert checked(Own(9, lambda p: p % 7), 7)(np.arange(9)).tolist() == [0, 1, 2, 3, 4, 5, 6, 0, 1]
+    for answer, said in (
+        (lambda p: p, "the order asks for example 47, but there are 40: 0 to 39"),
+        (lambda p: p - 1, "the order asks for example -1"),
+        (lambda p: p / 2, "the order returns float64 of shape (6, 8) for positions of shape (6, 8)"),
+        (lambda p: p.ravel() % 40, "the order returns int64 of shape (48,) for positions of shape (6, 8)"),
+    ):
+        share = Share(checked(Own(40, answer), 40), 8)
+        with pytest.raises(InputError, match=re.escape(said)):
+            share.block(0, 6)
+
+
+def test_an_orders_digest_changes_with_anything_in_it():
+    indices, weights = np.arange(100_000), np.ones(100_000)
+    swapped, heavier = indices.copy(), weights.copy()
+    swapped[[5_000, 60_000]] = swapped[[60_000, 5_000]]
+    heavier[50_000] = 50
+    orders = [
+        Given(indices), Given(swapped), Weighted(weights), Weighted(heavier), Weighted(weights, 1), Sequential(100_000),
+        Shuffled(100_000), Shuffled(100_000, 1), Own(100_000, lambda p: p % 7), Own(100_000, lambda p: p % 5),
+    ]  # fmt: skip
+    assert len({digest_of(order) for order in orders}) == len(orders)
+    assert digest_of(Given(indices.astype(np.int32))) == digest_of(Given(indices.tolist()))
+    assert digest_of(checked(Own(9, lambda p: p % 7), 7)) == digest_of(Own(9, lambda p: p % 7))

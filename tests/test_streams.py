@@ -5,18 +5,22 @@ import random
 import signal
 import sys
 from dataclasses import replace
+from itertools import chain
 
 import datasets
 import pytest
 import tiny
 import torch
 import torch.distributed as dist
+from datasets.distributed import split_dataset_by_node
 from launching import TORCHRUN, launch, script
+from PIL import Image
 from test_checkpoints import ends_with, left_after
 
 from scaletrain import Data, InputError, main, start, train
 from scaletrain.devices import set_up
-from scaletrain.streams import EveryNth, Stream, _alike, is_stream, shared_out
+from scaletrain.recipe import fingerprint, is_stream
+from scaletrain.streams import EveryNth, Stream, _alike, _sample, shared_out
 
 ROWS = [
     {"x": x.tolist(), "y": int(y), "row": int(row)}
@@ -119,11 +123,26 @@ def test_a_run_on_a_stream_goes_on_with_the_same_bits(workers, tmp_path):
 def test_a_stream_needs_max_steps_and_no_order(tmp_path, capsys):
     recipe = replace(stream_recipe(), data=lambda cfg: Data(hugging_face()))
     assert "a stream, which has no length; say --max-steps" in ends_with(2, capsys, lambda: main(recipe, []))
+    argv = ["--max-steps", "3", "--skip-bad", "1"]
+    said = ends_with(2, capsys, lambda: main(recipe, argv))
+    assert "--skip-bad takes another example of the order, and a stream has none; leave it out" in said
 
 
-def test_a_stream_that_shuffles_in_a_buffer_of_its_own_is_refused():
+@pytest.mark.parametrize(
+    "then",
+    [
+        lambda stream: stream,
+        lambda stream: stream.map(lambda row: row),
+        lambda stream: stream.filter(lambda row: True).take(20),
+        lambda stream: stream.select_columns(["i"]).with_format("torch"),
+        lambda stream: datasets.concatenate_datasets([hugging_face(), stream]).skip(1),
+        lambda stream: datasets.interleave_datasets([hugging_face(), stream.map(lambda row: row)]),
+    ],
+)
+def test_a_stream_that_shuffles_in_a_buffer_of_its_own_is_refused_whatever_came_after(then):
+    shared_out(then(hugging_face()), 0, 1, None)
     with pytest.raises(InputError, match="shuffled in a buffer of its own"):
-        shared_out(hugging_face().shuffle(seed=1, buffer_size=5), 0, 1, None)
+        shared_out(then(hugging_face().shuffle(seed=1, buffer_size=5)), 0, 1, None)
 
 
 def test_an_empty_stream_is_said():
@@ -182,8 +201,83 @@ def test_ranks_that_shuffle_an_undivided_stream_read_it_once_between_them():
 
 
 def test_ranks_of_which_two_see_the_same_are_noticed():
-    assert _alike([{"a", "b"}, {"a", "b"}, {"c", "d"}]) == [(0, 1)]
-    assert _alike([{"a", "b", "c"}, {"c", "d", "e"}]) == []
+    assert _alike([["a", "b"], ["a", "b"], ["c", "d"]]) == [(0, 1)]
+    assert _alike([["a", "a", "b"], ["a", "b", "a"], []]) == []
+    assert _alike([[], []]) == []
+
+
+class Pictures(Numbers):
+    """What a stream of a folder of images or of files of tensors yields; every second begins alike."""
+
+    def __init__(self, kind, n=30):
+        self.kind, self.n = kind, n
+
+    def __iter__(self):
+        for i in range(self.n):
+            if self.kind == "pil":
+                yield {"i": i, "x": [Image.new("RGB", (4, 4), (i, 0, 0))]}
+            elif self.kind == "borders":  # repr shows the corners, which are black
+                inner = torch.rand(3, 24, 24, generator=torch.Generator().manual_seed(i))
+                yield {"x": torch.nn.functional.pad(inner, (4, 4, 4, 4)), "i": i}
+            else:  # most rows are equal
+                yield {"x": "", "i": i if i % 10 == 9 else 0}
+
+
+def test_what_an_example_holds_is_compared_and_not_how_it_is_shown():
+    for kind in ("pil", "borders"):
+        assert _sample(Pictures(kind)) == _sample(Pictures(kind))
+        assert len(set(_sample(Pictures(kind)))) == 30
+    parts = [_sample(EveryNth(Pictures("equal"), rank, 2)) for rank in range(2)]
+    assert _alike(parts) == []
+
+
+def test_an_example_without_a_content_is_refused_with_the_way_out():
+    class Opaque(Numbers):
+        def __iter__(self):
+            yield {"x": object()}
+
+    with pytest.raises(InputError, match=r"a object has no content to hash; .*say Data\(divided=True\)"):
+        _sample(Opaque())
+
+
+def test_divided_is_for_a_stream():
+    with pytest.raises(InputError, match="divided is for a stream, but train is a dict; leave divided out"):
+        Data(tiny.table(), divided=True)
+    assert fingerprint(Data(Numbers())) != fingerprint(Data(Numbers(), divided=True))
+
+
+@pytest.mark.world_size(2)
+def test_images_are_read_once_between_two_processes_and_what_divides_itself_is_left_alone(shared_path):
+    devices = set_up()
+
+    def read(dataset, **more):
+        part = shared_out(dataset, devices.rank, 2, devices.control, **more)
+        return [[example["i"] for example in other] for other in gathered(list(part))]
+
+    def pictures():
+        for i in range(20):
+            yield {"i": i, "x": Image.new("RGB", (4, 4), (i, 0, 0))}
+
+    features = datasets.Features({"i": datasets.Value("int64"), "x": datasets.Image()})
+    table = datasets.Dataset.from_list(list(pictures()), features=features)
+    for dataset, n in (
+        (Pictures("pil"), 30),
+        (Pictures("borders"), 30),
+        (table.to_iterable_dataset(num_shards=4), 20),
+        (split_dataset_by_node(table.to_iterable_dataset(num_shards=4), devices.rank, 2), 20),
+    ):
+        parts = read(dataset)
+        assert sorted(chain(*parts)) == list(range(n))
+        assert all(len(part) == n / 2 for part in parts)
+    assert all(len(part) == 15 for part in read(Pictures("equal")))
+
+    class Own(Pictures):  # what begins alike on both ranks, though each reads other examples
+        def __iter__(self):
+            yield from ({"i": i} for i in [0] * 100 + [1 + devices.rank])
+
+    with pytest.raises(InputError, match=r"ranks 0 and 1 read the same examples of the stream; .*Data\(divided=True\)"):
+        read(Own(""))
+    assert read(Own(""), divided=True) == [[0] * 100 + [1], [0] * 100 + [2]]
 
 
 class Failing(Numbers):
@@ -198,6 +292,21 @@ def test_a_stream_that_fails_is_one_line(workers, capsys):
     said = ends_with(2, capsys, lambda: main(recipe, ["--max-steps", "9", "--workers", workers]))
     assert "example 40 of pass 0 of the stream cannot be read: OSError: [Errno 5]" in said
     assert "shard-3.tar" in said
+
+    assert "--skip-bad" not in said
+
+
+@pytest.mark.parametrize("workers", ["0", "1"])
+@pytest.mark.parametrize(("odd", "said"), [({"x": torch.zeros(6), "y": 0}, "x (5,) and (6,)"), (None, "x (5,) and m")])
+def test_examples_of_a_stream_that_make_no_batch_are_one_line(odd, said, workers, capsys):
+    class Odd(Numbers):
+        def __iter__(self):
+            yield from ({"x": torch.zeros(5), "y": 0} if i != 40 else odd for i in range(100))
+
+    recipe = replace(tiny.recipe, data=lambda cfg: Data(Odd(), shuffle_buffer=1))
+    line = ends_with(2, capsys, lambda: main(recipe, ["--max-steps", "9", "--workers", workers]))
+    assert f"examples of the stream ({said}" in line
+    assert "give the recipe a collate" in line
 
 
 def test_a_worker_of_a_stream_that_is_killed_is_replaced_once_and_no_bit_changes(tmp_path, capfd):

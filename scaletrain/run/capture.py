@@ -56,6 +56,10 @@ def captured(run: Run, unfinished: StepInfo | None = None) -> tuple[dict[str, di
     said = [json.loads(text) for text in gather_texts(json.dumps([own, shapes]), run.devices.control)]
     _check_alike([shapes for _, shapes in said])
     ranks = [own for own, _ in said]
+    for rank in ranks:
+        run.loader.bad |= {int(example): reason for example, reason in rank.pop("bad", {}).items()}
+    if run.loader.bad:
+        ranks[0]["bad"] = {str(example): reason for example, reason in run.loader.bad.items()}
     run.devices.broadcast_buffers(run.module)
     facts = {
         "state": numbers(run.state.to_dict()),

@@ -107,7 +107,7 @@ def _restore(run: Run, checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
     run.requests.stop = _text(facts["stopping"]) or _text(mine["asked"])
     if facts["stopping"]:
         run.requests.wishes.hold(Wish(stop=1))
-    for rank in ranks if run.devices.is_first and not same else [mine]:
+    for rank in ranks:  # every process knows them all, so that how many there are does not matter
         run.loader.bad |= {int(example): _text(reason) for example, reason in rank.get("bad", {}).items()}
     if isinstance(run.loader, StreamLoader):
         run.loader.state = _stream_state(mine["stream"])
