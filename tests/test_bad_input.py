@@ -82,12 +82,12 @@ CASES = {
     "a column the loss wants": (
         with_data(train=table_without("x")),
         [],
-        "the batch has no column 'x'; its columns are 'y'",
+        "there is no column 'x'; the columns are 'y'",
     ),
     "a column evaluate wants": (
         with_data(val=table_without("y")),
         [],
-        "the batch has no column 'y'; its columns are 'x'",
+        "there is no column 'y'; the columns are 'x'",
     ),
     "unknown data": (
         replace(tiny.recipe, data=lambda cfg: load("digts")),

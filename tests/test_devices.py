@@ -108,7 +108,7 @@ def test_a_process_knows_its_place_and_the_three_groups_are_apart(shared_path):
     assert (here.world_size, here.local_world_size, here.device.type) == (2, 2, "cpu")
     assert here.control is not here.checkpoint
     assert {here.control, here.checkpoint}.isdisjoint({None, torch.distributed.group.WORLD})
-    assert torch.get_num_threads() == here.threads == max(1, devices._cores() // 2)
+    assert torch.get_num_threads() == here.threads == max(1, devices.cores() // 2)
 
 
 @pytest.mark.world_size(2)

@@ -98,7 +98,7 @@ def _restore(run: Run, checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
             raise ValueError(f"the scaler is {facts['scaler']!a}")
         run.gradients.scaler.load_state_dict(facts["scaler"])
     _restore_hooks(stateful_hooks(run), facts["hooks"], load_new(checkpoint, "hooks"), run.devices.device)
-    run.metrics = {name: as_float(value) for name, value in facts["metrics"].items()}
+    run.metrics = {name: figure(value) for name, value in facts["metrics"].items()}
     run.gradients.skipped.fill_(_count(facts["skipped"], "skipped", most=checkpoint.step))
     same = len(ranks) == run.devices.world_size
     mine: dict[str, Any]
@@ -188,7 +188,7 @@ def read_state(content: dict[str, Any], step: int) -> State:
         elif kind is str:
             values[name] = _text(value)
         elif kind == dict[str, float]:
-            values[name] = {metric: as_float(one) for metric, one in value.items()}
+            values[name] = {metric: figure(one) for metric, one in value.items()}
         else:
             values[name] = None if value is None else as_float(value)
     state = State(**values)
@@ -219,6 +219,11 @@ def _put_together(value: Any, tensors: dict[str, Tensor], device: torch.device) 
             return tensor.to(device) if _text(value["on"]) != "cpu" else tensor
         return {key: _put_together(item, tensors, device) for key, item in value.items()}
     return [_put_together(item, tensors, device) for item in value] if isinstance(value, list) else value
+
+
+def figure(value: Any) -> float:
+    """Return a metric, a count as the integer that it was."""
+    return value if type(value) is int else as_float(value)
 
 
 def as_float(value: Any) -> float:
