@@ -123,15 +123,19 @@ def answers_of(loader: DataLoader[Any]) -> Iterator[Any]:
     """
     answers = iter(loader)
     _WAITING.install()
-    while True:
-        with _WAITING:
-            try:
-                answer = next(answers)
-            except StopIteration:
-                return
-        if isinstance(answer, Failure):
-            raise InputError(answer.message)
-        yield answer
+    try:
+        while True:
+            with _WAITING:
+                try:
+                    answer = next(answers)
+                except StopIteration:
+                    return
+            if isinstance(answer, Failure):
+                raise InputError(answer.message)
+            yield answer
+    finally:
+        if hasattr(answers, "_shutdown_workers"):  # an error's frames keep it, and torch goes on watching its dead
+            answers._shutdown_workers()
 
 
 def worker_is_lost(error: Exception) -> bool:

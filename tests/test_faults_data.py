@@ -17,7 +17,7 @@ import tiny
 import torch
 import torch.distributed as dist
 from faultload import ALL, amount, draw, report
-from launching import TORCHRUN, launch, script
+from launching import ROOT, TORCHRUN, launch, script
 from PIL import Image
 from test_checkpoints import ends_with, left_after
 from test_loader import CPU, Jittered
@@ -230,6 +230,28 @@ def test_a_worker_that_is_killed_is_replaced_once_and_no_bit_changes(tmp_path, c
     report("L2 a worker killed", times, "started again from where it was, all bits equal")
 
 
+def test_a_pipe_that_breaks_before_the_worker_is_dead_counts_once(tmp_path, monkeypatch, capfd):
+    argv = ["--max-steps", "12", "--workers", "1", "--log-every", "1"]
+    main(recipe_with(), [*argv, "--out", str(tmp_path / "whole")])
+    iterator = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
+    get, answered = iterator._try_get_data, []
+
+    def break_the_third(self, *args, **kwargs):
+        answered.append(self)
+        if len(answered) == 3:
+            raise ConnectionResetError(104, "Connection reset by peer")
+        if len(answered) == 4:  # of the workers started again
+            workers_module._WAITING._inside = False  # the death is told between two answers
+            answered[2]._workers[0].kill()
+            time.sleep(0.5)
+        return get(self, *args, **kwargs)
+
+    monkeypatch.setattr(iterator, "_try_get_data", break_the_third)
+    main(recipe_with(), [*argv, "--out", str(tmp_path / "run")])
+    assert bits(tmp_path / "run") == bits(tmp_path / "whole")
+    assert capfd.readouterr().err.count("the workers are started again, once") == 1
+
+
 def test_a_worker_that_dies_again_ends_the_run_by_name(tmp_path):
     with pytest.raises(RuntimeError, match=r"DataLoader worker \(pid\(?s?\)? ?\d+\).*"):
         main(recipe_with(lambda i: killed() if i == 40 else None), ["--max-steps", "12", "--workers", "1"])
@@ -363,8 +385,8 @@ def test_a_run_goes_on_alone_from_what_two_processes_replaced(tmp_path, capfd):
         "main(replace(tiny.recipe, data=lambda cfg: Data(Noisy(corrupt(17, 40, 99)))))"
     )
     argv = [script(tmp_path, body), "--workers", "0", "--out", tmp_path / "run", "--skip-bad", "3"]
-    assert launch(*TORCHRUN, *argv, "--max-steps", "14").returncode == 0
-    alone = launch(sys.executable, *argv, "--max-steps", "20")
+    assert launch(*TORCHRUN, *argv, "--max-steps", "14", PYTHONPATH=str(ROOT)).returncode == 0
+    alone = launch(sys.executable, *argv, "--max-steps", "20", PYTHONPATH=str(ROOT))
     assert alone.returncode == 0, alone.stderr
     assert "takes its place" not in alone.stderr  # all three are known
     assert len(json.loads((tmp_path / "run/result.json").read_text())["examples_replaced"]) == 3
