@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def total(batch: Any) -> float:
 
 def read(make: Callable[[], Iterable[Any]], batches: int) -> float:
     """Return the seconds that ``batches`` batches take, the first left out: it starts what is to be started."""
-    iterator = iter(make())
+    iterator = chain.from_iterable(make() for _ in repeat(None))  # epoch after epoch
     total(next(iterator))
     started = time.perf_counter()
     for _ in range(batches):

@@ -17,6 +17,8 @@ from scaletrain.sources.table import as_table, check_readable
 from scaletrain.streams import Stream, StreamLoader, shared_out
 from scaletrain.workers import chosen_workers
 
+UNTRAINED = 2
+"""Times the examples of a training micro-batch that a held-out one has: nothing is kept for a backward pass."""
 RESIDENT_BYTES = 1 << 30
 """Columns of up to so many bytes are kept on an accelerator, where gathering a batch costs the host nothing."""
 
@@ -69,7 +71,7 @@ def build_loaders(
             reader = make_reader(examples, recipe.collate, cfg.seed, double=double)
             workers = chosen_workers(reader, cfg.workers, devices.local_world_size)
             held_out[name] = HeldOut(
-                reader, largest, devices.rank, devices.world_size, workers=workers, device=devices.device
+                reader, UNTRAINED * largest, devices.rank, devices.world_size, workers=workers, device=devices.device
             )
     if is_stream(data.train):
         return _from_stream(recipe, cfg, data, devices, micro_batches, double=double), held_out

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from itertools import islice
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from scaletrain.devices import copies_without_waiting
 from scaletrain.errors import InputError
-from scaletrain.order import Indices, Share, digest_of, micro_batch_count, split
+from scaletrain.order import Indices, Share, digest_of, micro_batch_count, part_of, split
 from scaletrain.readers import Bad, ColumnReader, Reader, Request
 from scaletrain.recipe import Batch, NamedColumns
 from scaletrain.workers import read_ahead
@@ -169,15 +169,25 @@ class HeldOut:
         self, reader: Reader, batch_size: int, rank: int, world_size: int, *, workers: int, device: torch.device
     ) -> None:
         self.reader, self.batch_size, self.workers, self.device = reader, batch_size, workers, device
-        self.part = split(reader.n, world_size)[rank]
+        self.part = part_of(reader.n, world_size, rank)
         self.batches = micro_batch_count(reader.n, world_size, batch_size)
 
     def __iter__(self) -> Iterator[MicroBatch]:
-        requests = ((indices, indices) for indices in map(self._indices, range(self.batches)))
-        answers = read_ahead(self.reader, requests, self.workers, self.device)
+        answers: Iterator[tuple[Batch, Any]]
+        if isinstance(self.reader, ColumnReader) and self.reader.can_cut:
+            answers = ((batch, ()) for batch in self._cut(self.reader))
+        else:
+            requests = ((indices, indices) for indices in map(self._indices, range(self.batches)))
+            answers = read_ahead(self.reader, requests, self.workers, self.device)
         for k, (batch, _) in enumerate(copied_ahead(answers, self.device)):
             counted = min(self.batch_size, max(0, self.part.stop - self.part.start - k * self.batch_size))
             yield MicroBatch(batch, counted)
+
+    def _cut(self, reader: ColumnReader) -> Iterator[Batch]:
+        own = -(-(self.part.stop - self.part.start) // self.batch_size)
+        yield from reader.cut(self.part, self.batch_size)
+        for k in range(own, self.batches):
+            yield reader((self._indices(k), self._indices(k))).batch
 
     def first(self) -> MicroBatch:
         """Return the first micro-batch, read in this process."""

@@ -129,7 +129,8 @@ class Sums:
 
     def __init__(self, dtype: torch.dtype, device: torch.device, objects: Objects | None = None) -> None:
         self.dtype, self.device, self.objects = dtype, device, objects
-        self._totals: dict[str, Tensor] = {}  # name -> (2,) sum, count
+        self._totals: dict[str, tuple[Tensor, Tensor | float]] = {}  # name -> sum, count
+        self._taken = [EXAMPLES, *(objects.metrics if objects else ())]
         self.examples = 0
 
     def add(self, values: dict[str, Any], rows: int, weight: Tensor | float, counted: int) -> None:
@@ -139,19 +140,20 @@ class Sums:
         """
         if not isinstance(values, dict):
             raise InputError(f"evaluate returned a {type(values).__name__}; return a dict of named figures")
-        taken = [EXAMPLES, *(self.objects.metrics if self.objects else ())]
-        if twice := sorted(values.keys() & taken):
-            raise InputError(f"evaluate returns '{twice[0]}', which is also the name of another figure; rename it")
+        for name in self._taken:
+            if name in values:
+                raise InputError(f"evaluate returns '{name}', which is also the name of another figure; rename it")
         if self.objects is not None:
             self.objects.add(values.get(OUTPUTS), counted=counted > 0)
         for name, value in values.items():
             if name == OUTPUTS:
                 continue
             total, count = self._sum_and_count(name, value, rows, weight)
-            pair = torch.stack([self._scalar(total), self._scalar(count)])
             if not counted:
-                pair = torch.zeros_like(pair)
-            self._totals[name] = self._totals[name] + pair if name in self._totals else pair
+                total, count = torch.zeros_like(total), 0.0
+            if name in self._totals:
+                total, count = self._totals[name][0] + total, self._totals[name][1] + count
+            self._totals[name] = total, count
         self.examples += counted
 
     @property
@@ -165,7 +167,7 @@ class Sums:
         Raises RuntimeError unless exactly ``expected`` examples were counted. Waits for the device.
         """
         names = self.names
-        rows = [self._totals[name] for name in names]
+        rows = [torch.stack([self._scalar(part) for part in self._totals[name]]) for name in names]
         examples = torch.tensor([self.examples, 0.0], dtype=self.dtype, device=self.device)
         *sums, counted = add_up(torch.stack([*rows, examples])).tolist()
         if counted[0] != expected:
@@ -178,12 +180,12 @@ class Sums:
 
     def _sum_and_count(self, name: str, value: Any, rows: int, weight: Tensor | float) -> tuple[Tensor, Tensor | float]:
         if isinstance(value, tuple) and len(value) == 2:
-            return torch.as_tensor(value[0]), value[1]
+            return torch.as_tensor(value[0], dtype=self.dtype), torch.as_tensor(value[1], dtype=self.dtype)
         if isinstance(value, Tensor) and value.ndim == 0:
-            total = value.to(self.dtype) * weight
+            total = value.detach().to(self.dtype) * weight
             return torch.where(torch.as_tensor(weight, device=value.device) > 0, total, 0), weight  # 0 * NaN is NaN
         if isinstance(value, Tensor) and value.shape == (rows,):
-            return value.sum(dtype=self.dtype), float(rows)
+            return value.detach().sum(dtype=self.dtype), float(rows)
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise InputError(
             f"evaluate returned {got} for '{name}' on a batch of {rows}; "

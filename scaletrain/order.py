@@ -220,11 +220,12 @@ class Share:
     @property
     def size(self) -> int:
         """Examples of each step that this process reads."""
-        return len(range(self.batch_size)[split(self.batch_size, self.world_size)[self.rank]])
+        part = part_of(self.batch_size, self.world_size, self.rank)
+        return int(part.stop - part.start)
 
     def block(self, first: int, steps: int) -> tuple[Indices, Indices]:
         """Return (positions, example indices), each (steps, size), of the steps from position ``first`` on."""
-        part = split(self.batch_size, self.world_size)[self.rank]
+        part = part_of(self.batch_size, self.world_size, self.rank)
         starts = first + self.batch_size * np.arange(steps, dtype=np.int64)
         positions = starts[:, None] + np.arange(part.start, part.stop, dtype=np.int64)
         return positions, self.order(positions)
@@ -232,7 +233,12 @@ class Share:
 
 def split(size: int, parts: int) -> list[slice]:
     """Cut ``range(size)`` into ``parts`` slices whose sizes differ by at most one."""
-    return [slice(size * i // parts, size * (i + 1) // parts) for i in range(parts)]
+    return [part_of(size, parts, i) for i in range(parts)]
+
+
+def part_of(size: int, parts: int, i: int) -> slice:
+    """Return the slice numbered ``i`` of ``split(size, parts)``, whatever their number."""
+    return slice(size * i // parts, size * (i + 1) // parts)
 
 
 def micro_batch_count(batch_size: int, world_size: int, micro_batch_size: int | None) -> int:

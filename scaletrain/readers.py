@@ -21,6 +21,8 @@ Request = tuple[Indices, Indices]
 Collate = Callable[[list[Any]], Batch]
 PAGES_BYTES, KEPT_BYTES = 16 * 4096, 256 << 20
 """What the kernel maps around a row that is read, and how much of that is kept."""
+CUT = 256
+"""Batches that are cut at a time."""
 MOST_TRIES = 100
 """Replacements tried for an example that cannot be read."""
 MEND = "mend it, or in training let a few be replaced with --skip-bad"
@@ -63,6 +65,26 @@ class ColumnReader:
         indices = indices.to(self.device)
         found = {name: column.index_select(0, indices) for name, column in self.columns.items()}
         return Read(NamedColumns({name: column.to(self._kinds[name]) for name, column in found.items()}))
+
+    @property
+    def can_cut(self) -> bool:
+        """Whether rows that follow one another lie so in memory."""
+        return self.rows is None and self.in_memory
+
+    def cut(self, part: slice, size: int) -> Iterator[NamedColumns]:
+        """Yield the rows of ``part`` in batches of ``size`` rows, the last may have fewer. They are views: no copy.
+
+        Raises InputError where somebody has written into one.
+        """
+        names, versions = list(self.columns), [column._version for column in self.columns.values()]
+        as_they_are = all(column.dtype == self._kinds[name] for name, column in self.columns.items())
+        for start in range(part.start, part.stop, CUT * size):
+            stop = min(part.stop, start + CUT * size)
+            for rows in zip(*(torch.split(column[start:stop], size) for column in self.columns.values()), strict=True):
+                batch = NamedColumns(zip(names, rows, strict=True))
+                yield batch if as_they_are else NamedColumns((n, c.to(self._kinds[n])) for n, c in batch.items())
+                if [column._version for column in self.columns.values()] != versions:
+                    raise InputError("evaluate has written into its batch, which is the data; work on a clone() of it")
 
     @property
     def device(self) -> torch.device:

@@ -243,3 +243,14 @@ def test_torchmetrics_is_imported_by_recipes_that_use_it_alone():
     )
     ended = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
+
+
+def test_evaluate_cannot_write_into_the_data(capsys):
+    def writes(model, batch, cfg):
+        batch["x"].mul_(2)
+        return tiny.evaluate(model, batch, cfg)
+
+    said = ends_with(
+        2, capsys, lambda: main(replace(recipe, evaluate=writes, metrics=None), ["--max-steps", "1", "--double"])
+    )
+    assert "evaluate has written into its batch, which is the data; work on a clone() of it" in said
