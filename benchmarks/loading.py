@@ -31,7 +31,7 @@ from scaletrain.sources.tokens import Windows
 BATCH = 256
 LENGTH = 256
 BARE, AGAIN, OURS, TORCH = "bare X[indices]", "bare X[indices] again", "scaletrain", "DataLoader(TensorDataset)"
-HF_ROWS = "datasets with_format('torch'), row by row"
+HF_ROWS = "datasets with_format('torch'), row by row (ds[i])"
 BATCHED = "DataLoader, batches of indices (batch_size=None)"
 
 
@@ -75,6 +75,19 @@ def batched(columns: dict[str, Tensor], workers: int = 0) -> Iterable[Any]:
     return DataLoader(dataset, sampler=sampler, batch_size=None, num_workers=workers)
 
 
+class OneByOne:
+    """A data set that is asked for one row at a time."""
+
+    def __init__(self, dataset: Any) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[index]
+
+
 def table_arms() -> dict[str, Callable[[], Iterable[Any]]]:
     columns = {"x": torch.randn(1_000_000, 32), "label": torch.randint(0, 10, (1_000_000,))}
     import datasets
@@ -88,7 +101,10 @@ def table_arms() -> dict[str, Callable[[], Iterable[Any]]]:
         "scaletrain, a datasets.Dataset": partial(scaletrain, as_table(rows, "rows")),
         TORCH: lambda: DataLoader(TensorDataset(*columns.values()), batch_size=BATCH, shuffle=True),
         BATCHED: partial(batched, columns),
-        HF_ROWS: lambda: DataLoader(torch_rows, batch_size=BATCH, shuffle=True),
+        HF_ROWS: lambda: DataLoader(OneByOne(torch_rows), batch_size=BATCH, shuffle=True),
+        "datasets with_format('torch'), DataLoader (ds.__getitems__)": lambda: DataLoader(
+            torch_rows, batch_size=BATCH, shuffle=True
+        ),
         "datasets with_format('torch'), .iter(256), not shuffled": lambda: torch_rows.iter(BATCH),
     }
 
