@@ -35,7 +35,7 @@ class Config:
     batch_size: int = 64
     """Examples per optimizer step over all devices together."""
     micro_batch_size: int | None = None
-    """Most examples per forward pass on a device, in validation twice that; for memory only. Default: its whole share."""
+    """Most examples per forward pass on a device, in validation twice that; for memory only. Default: the share."""
     max_grad_norm: float | None = None
     """Scale the gradient down to this global L2 norm when it is longer."""
     warmup: float = 0.05
