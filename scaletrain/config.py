@@ -51,7 +51,7 @@ class Config:
     threads: int | None = None
     """CPU threads per process. Default: the cores shared among the processes of this machine."""
     workers: int | None = None
-    """Processes that read examples, per training process. Default: chosen; 0 for data in memory."""
+    """Processes that read examples, per training process. Default: by the time a batch takes; 0 for data in memory."""
     skip_bad: int = 0
     """Different training examples in all that others may replace because they cannot be read; what other processes
     met counts from the next checkpoint on. 0: the first ends the run."""

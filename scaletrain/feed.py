@@ -69,7 +69,7 @@ def build_loaders(
     for name, examples in (("val", data.val), ("test", data.test)):
         if examples is not None:
             reader = make_reader(examples, recipe.collate, cfg.seed, double=double)
-            workers = chosen_workers(reader, cfg.workers, devices.local_world_size)
+            workers = chosen_workers(reader, cfg.workers, devices.local_world_size, UNTRAINED * largest)
             held_out[name] = HeldOut(
                 reader, UNTRAINED * largest, devices.rank, devices.world_size, workers=workers, device=devices.device
             )
@@ -83,7 +83,7 @@ def build_loaders(
     if isinstance(reader, ColumnReader) and small and devices.device.type != "cpu":
         reader.move_to(devices.device)
     share = Share(order, cfg.batch_size, devices.rank, devices.world_size)
-    workers = chosen_workers(reader, cfg.workers, devices.local_world_size)
+    workers = chosen_workers(reader, cfg.workers, devices.local_world_size, largest)
     loader = Loader(reader, share, micro_batches, workers=workers, device=devices.device, most_bad=cfg.skip_bad)
     return loader, held_out
 

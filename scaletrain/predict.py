@@ -80,12 +80,13 @@ def predict(
     module.to(devices.device).eval()
     double = next(module.parameters()).dtype == torch.float64
     reader = make_reader(examples, recipe.collate, cfg.seed, double=double)
+    size = cfg.micro_batch_size or -(-cfg.batch_size // devices.world_size)
     share = HeldOut(
         reader,
-        cfg.micro_batch_size or -(-cfg.batch_size // devices.world_size),
+        size,
         devices.rank,
         devices.world_size,
-        workers=chosen_workers(reader, cfg.workers, devices.local_world_size),
+        workers=chosen_workers(reader, cfg.workers, devices.local_world_size, size),
         device=devices.device,
     )
     batches = _predicted(recipe, cfg, module, share, devices)

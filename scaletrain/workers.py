@@ -1,14 +1,17 @@
 """Reading ahead in processes of its own, and what becomes of one that dies or hangs."""
 
+import math
 import signal
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import chain
 from types import FrameType
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -18,17 +21,42 @@ from scaletrain.readers import ColumnReader, Read, Reader, Request
 from scaletrain.signals import obey_parent_alone
 
 T = TypeVar("T")
+ON_THE_WAY_SECONDS = 2e-3
+"""What a batch costs on its way from a worker, and more: 1 ms of 0.5 MB (benchmarks/loading.py)."""
 TIMEOUT_SECONDS = 300
 """How long a worker may take for a batch before it is taken for hung."""
 BROKEN_PIPE = (ConnectionError, EOFError, FileNotFoundError)
 """What receiving a tensor raises when the worker that sends it, or its socket, is gone."""
 
 
-def chosen_workers(reader: Reader, asked: int | None, local_world_size: int) -> int:
-    """Return how many processes read for this one: none for data in memory, else up to 4 of the machine's cores."""
+def chosen_workers(reader: Reader, asked: int | None, local_world_size: int, size: int) -> int:
+    """Return how many processes read for this one: none for data in memory, else those asked for.
+
+    By default up to 4 of the machine's cores, or none where a batch of ``size`` examples is read, as measured here,
+    sooner than it comes from another process.
+    """
     if isinstance(reader, ColumnReader):
         return 0
-    return asked if asked is not None else max(0, min(4, cores() // local_world_size - 1))
+    if asked is not None:
+        return asked
+    spare = max(0, min(4, cores() // local_world_size - 1))
+    return spare if spare and _seconds_to_read(reader, size) > ON_THE_WAY_SECONDS else 0
+
+
+def _seconds_to_read(reader: Reader, size: int) -> float:
+    """Return the seconds that a batch of ``size`` takes, or those of its first example if that took long."""
+    seconds = 0.0
+    for n in (1, size, size):  # the first call opens files
+        indices = np.arange(n) % reader.n
+        started = time.perf_counter()
+        try:
+            reader((indices, indices))
+        except InputError:  # it will be met again
+            return math.inf
+        seconds = time.perf_counter() - started
+        if seconds > 100 * ON_THE_WAY_SECONDS:
+            break
+    return seconds
 
 
 def read_ahead(reader: Reader, requests: Iterable[Request], workers: int, device: torch.device) -> Iterator[Read]:

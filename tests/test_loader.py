@@ -152,10 +152,28 @@ def test_numpy_columns_are_taken_without_a_copy():
     assert data.train["x"].eq(7).all()
 
 
-def test_columns_need_no_workers_and_datasets_get_some():
-    assert chosen_workers(ColumnReader({"x": torch.zeros(3)}), 4, 1) == 0
-    assert chosen_workers(ExampleReader(Jittered()), 3, 1) == 3
-    assert 0 <= chosen_workers(ExampleReader(Jittered()), None, 1) <= 4
+class Unhurried(Jittered):
+    """A data set of which a batch of 8 takes 8 ms."""
+
+    def __getitem__(self, index):
+        time.sleep(1e-3)
+        return super().__getitem__(index)
+
+
+class Broken(Jittered):
+    def __getitem__(self, index):
+        raise OSError("no such disk")
+
+
+def test_workers_read_what_takes_longer_than_the_way_from_a_worker(monkeypatch):
+    monkeypatch.setattr("scaletrain.workers.cores", lambda: 8)
+    assert chosen_workers(ColumnReader({"x": torch.zeros(3)}), 4, 1, 8) == 0
+    assert chosen_workers(ExampleReader(Jittered()), 3, 1, 8) == 3
+    assert chosen_workers(ExampleReader(Jittered(5)), None, 1, 8) == 0
+    for reader in (ExampleReader(Unhurried()), ExampleReader(Broken())):
+        assert chosen_workers(reader, None, 1, 8) == 4
+        assert chosen_workers(reader, None, 4, 8) == 1
+        assert chosen_workers(reader, None, 8, 8) == 0
 
 
 @pytest.mark.parametrize("kind", ["dict", "tuple", "tensor"])
