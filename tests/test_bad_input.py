@@ -171,7 +171,7 @@ CASES = {
     "a figure of the wrong shape": (
         replace(tiny.recipe, evaluate=evaluate_with_matrix),
         [],
-        "evaluate returned shape (16, 3) for 'loss' on a batch of 16; return one value per example (16,)",
+        "evaluate returned shape (32, 3) for 'loss' on a batch of 32; return one value per example (32,)",
     ),
 }
 

@@ -363,14 +363,15 @@ def leave_during_validation(step):
 
 
 def test_told_to_leave_during_a_validation_it_saves_at_once_and_validates_first_when_it_goes_on(tmp_path, capsys):
-    run_tiny(tmp_path / "whole")
+    small = ("--micro-batch-size", 4)  # a validation of several batches
+    run_tiny(tmp_path / "whole", *small)
     recipe = leave_during_validation(10)
-    said = ends_with(75, capsys, lambda: run_tiny(tmp_path / "run", recipe=recipe))
+    said = ends_with(75, capsys, lambda: run_tiny(tmp_path / "run", *small, recipe=recipe))
     assert "told to leave: saved after step 10" in said
     saved = open_checkpoint(checkpoint(tmp_path / "run", 10)).state
     assert saved["unfinished"] is not None
     assert saved["state"]["validated_step"] == 5
-    run_tiny(tmp_path / "run", recipe=recipe)
+    run_tiny(tmp_path / "run", *small, recipe=recipe)
     assert_same_end(tmp_path / "whole", tmp_path / "run")
 
 

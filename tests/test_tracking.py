@@ -294,11 +294,11 @@ def test_tensorboard_holds_what_metrics_jsonl_holds_through_a_kill(tmp_path, cap
     def end(run, info):
         if info.step == 13 and not (tmp_path / "ended").exists():
             (tmp_path / "ended").touch()
-            raise KeyboardInterrupt
+            raise RuntimeError("ended")
 
     recipe = replace(tiny.recipe, hooks=lambda cfg: [end])
     argv = ["--max-steps", "20", "--checkpoint-every", "5", "--log-every", "1", "--track", "tensorboard"]
-    with pytest.raises(SystemExit):
+    with pytest.raises(RuntimeError, match="ended"):
         main(recipe, [*argv, "--out", str(tmp_path / "run")])
     main(recipe, [*argv, "--out", str(tmp_path / "run")])
     assert "tracking with tensorboard --logdir run" in capsys.readouterr().out
