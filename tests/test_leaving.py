@@ -195,10 +195,11 @@ def test_told_to_leave_while_a_hook_validates_with_other_weights_it_saves_those_
 
 
 def test_in_float64_no_bit_of_the_unfinished_steps_loss_is_lost(tmp_path, capsys):
-    argv = ["--double", "--log-every", "1"]
+    argv = ["--double", "--log-every", "1", "--micro-batch-size", "4"]  # a validation of several batches
     run_tiny(tmp_path / "whole", *argv)
     recipe = leave_during_validation(10)
     ends_with(75, capsys, lambda: run_tiny(tmp_path / "run", *argv, recipe=recipe))
+    assert open_checkpoint(checkpoint(tmp_path / "run", 10)).state["unfinished"] is not None
     run_tiny(tmp_path / "run", *argv, recipe=recipe)
     assert_same_end(tmp_path / "whole", tmp_path / "run")
 
