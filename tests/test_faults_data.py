@@ -126,6 +126,20 @@ def test_from_every_step_of_three_epochs_every_process_reads_what_the_oracle_say
     report(f"L1 resumed at every step, {kind}, {workers} workers, 1-3 processes", done, "the oracle's examples")
 
 
+def test_the_shuffle_is_a_permutation_for_any_size_seed_epoch_and_number_of_processes():
+    cases, rng = amount(10_000, 300), draw("L5")
+    for _ in range(cases):
+        n, world_size = round(2 ** rng.uniform(0, 11)), rng.randint(1, 4)
+        order, epoch = Shuffled(n, rng.getrandbits(63)), rng.randrange(2**30)
+        batch_size = rng.randint(world_size, 3 * world_size)
+        shares = [Share(order, batch_size, rank, world_size) for rank in range(world_size)]
+        first, steps = epoch * n, -(-n // batch_size)
+        blocks = [share.block(first, steps) for share in shares]
+        seen = np.concatenate([rows[at < first + n] for at, rows in blocks])
+        assert np.array_equal(np.sort(seen), np.arange(n)), (n, world_size, epoch, order.seed)
+    report("L5 random size, seed, epoch, batch size and processes", cases, "each example once an epoch")
+
+
 class Noisy:
     """Rows of the table, with noise; one may be made to fail."""
 
