@@ -172,6 +172,7 @@ def own_table(folder, label):
     return str(folder / "own.csv")
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # datasets 4.0 leaves a CSV open
 def test_a_recipe_trains_on_a_users_own_file(tmp_path):
     result = main(mlp.recipe, ["--data", own_table(tmp_path, "label"), "--max-steps", "3"])
     assert result.metrics["val_examples"] == 12
@@ -179,6 +180,7 @@ def test_a_recipe_trains_on_a_users_own_file(tmp_path):
     assert main(mlp.recipe, ["--data", str(tmp_path / "own.npz"), "--max-steps", "3"]).metrics["val_examples"] == 12
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # datasets 4.0 leaves a CSV open
 def test_a_recipe_says_what_its_data_lacks(tmp_path, capsys):
     said = ends_with(2, capsys, lambda: main(mlp.recipe, ["--data", own_table(tmp_path, "species")]))
     assert "the data has no class labels; call their column label, labels, class, target or y" in said
