@@ -23,8 +23,9 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 
 from benchmarks.pairs import Arm, Rounds, aims, conditions, run_rounds
 from scaletrain.loader import Loader
-from scaletrain.order import Share, Shuffled
-from scaletrain.readers import BatchReader, make_reader
+from scaletrain.order import Shuffled
+from scaletrain.readers import make_reader
+from scaletrain.share import Share
 from scaletrain.sources.table import as_table
 from scaletrain.sources.tokens import Windows
 
@@ -132,7 +133,7 @@ def token_arms(folder: Path) -> dict[str, Callable[[], Iterable[Any]]]:
             yield (x, y)
 
     windows = Windows(tokens.view(np.ndarray), LENGTH)
-    assert isinstance(make_reader(windows, None, 0, double=False), BatchReader)
+    assert make_reader(windows, None, 0, double=False).at_once
     return {
         "nanoGPT's get_batch": nanogpt,
         OURS: partial(scaletrain, windows),

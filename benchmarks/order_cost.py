@@ -17,7 +17,8 @@ from accelerate.data_loader import BatchSamplerShard
 from torch.utils.data import BatchSampler, RandomSampler
 
 from benchmarks.pairs import conditions
-from scaletrain.order import Share, Shuffled
+from scaletrain.order import Shuffled
+from scaletrain.share import Share
 
 STEPS, BATCH_SIZE, REPEATS = 128, 64, 50
 WORLD_N = 10_000_000

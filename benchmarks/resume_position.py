@@ -29,8 +29,9 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 from benchmarks.children import GIB, PeakMemory, in_child
 from benchmarks.pairs import conditions
 from scaletrain.loader import Loader
-from scaletrain.order import Share, Shuffled
+from scaletrain.order import Shuffled
 from scaletrain.readers import Read, Request
+from scaletrain.share import Share
 
 BATCH_SIZE, SEED = 64, 0
 WHOLE = 10**6

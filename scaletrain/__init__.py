@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from scaletrain.checkpoint.export import load_weights as load_weights
     from scaletrain.config import Config as Config
     from scaletrain.config import parse as parse
+    from scaletrain.data import Data as Data
     from scaletrain.entry import main as main
     from scaletrain.errors import CheckpointError as CheckpointError
     from scaletrain.errors import InputError as InputError
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from scaletrain.order import Sequential as Sequential
     from scaletrain.order import Weighted as Weighted
     from scaletrain.predict import predict as predict
-    from scaletrain.recipe import Data as Data
     from scaletrain.recipe import Recipe as Recipe
     from scaletrain.run import Result as Result
     from scaletrain.run import Run as Run
@@ -41,13 +41,14 @@ if TYPE_CHECKING:
 _HOME = {
     "checkpoint.export": ("load_weights",),
     "config": ("Config", "parse"),
+    "data": ("Data",),
     "errors": ("CheckpointError", "InputError"),
     "loop": ("forward_backward", "steps", "train", "train_step", "validate"),
     "entry": ("main",),
     "optimizers": ("parameter_groups",),
     "order": ("Given", "Sequential", "Weighted"),
     "predict": ("predict",),
-    "recipe": ("Data", "Recipe"),
+    "recipe": ("Recipe",),
     "run": ("Result", "Run", "StepInfo"),
     "schedules": ("constant", "cosine", "one_cycle", "step_decay", "warmup_cosine", "warmup_stable_decay"),
     "sources": ("load",),

@@ -10,17 +10,19 @@ from torch import nn, optim
 from torch.nn.parallel import DistributedDataParallel
 
 from scaletrain.agreement import gather_texts, together
+from scaletrain.batches import length
 from scaletrain.config import Config
+from scaletrain.content import fingerprint
+from scaletrain.data import Data
 from scaletrain.devices import Devices, set_up
 from scaletrain.errors import InputError
 from scaletrain.feed import build_loaders, load_data, seed_everything
 from scaletrain.hooks import all_hooks
-from scaletrain.loader import length
 from scaletrain.loop import forward_backward, train_step
 from scaletrain.metrics import Objects, Sums
 from scaletrain.opening import open_folder
 from scaletrain.optimizers import parameter_names
-from scaletrain.recipe import Data, Recipe, fingerprint
+from scaletrain.recipe import Recipe
 from scaletrain.run import Run, Step
 from scaletrain.run.resume import identity
 from scaletrain.signals import Signals

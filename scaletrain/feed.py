@@ -6,15 +6,19 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from scaletrain.agreement import first_then_others, gather_texts
 from scaletrain.config import Config
+from scaletrain.content import fingerprint
+from scaletrain.data import Data, count, is_stream
 from scaletrain.devices import Devices
+from scaletrain.division import shared_out
 from scaletrain.errors import InputError
 from scaletrain.loader import HeldOut, Loader
-from scaletrain.order import Sequential, Share, Shuffled, checked, micro_batch_count
+from scaletrain.order import Sequential, Shuffled, checked
 from scaletrain.randomness import seed_all
 from scaletrain.readers import ColumnReader, make_reader
-from scaletrain.recipe import Data, Recipe, count, fingerprint, is_stream
+from scaletrain.recipe import Recipe
+from scaletrain.share import Share, micro_batch_count
 from scaletrain.sources.table import as_table, check_readable
-from scaletrain.streams import Stream, StreamLoader, shared_out
+from scaletrain.streams import Stream, StreamLoader
 from scaletrain.workers import chosen_workers
 
 UNTRAINED = 2
@@ -90,12 +94,12 @@ def build_loaders(
 
 def check_micro_batches(cfg: Config, module: nn.Module, devices: Devices) -> None:
     """Raise InputError where BatchNorm would get a micro-batch of one."""
-    count = micro_batch_count(cfg.batch_size, devices.world_size, cfg.micro_batch_size)
-    smallest = cfg.batch_size // devices.world_size // count
+    micro_batches = micro_batch_count(cfg.batch_size, devices.world_size, cfg.micro_batch_size)
+    smallest = cfg.batch_size // devices.world_size // micro_batches
     if smallest <= 1 and any(isinstance(part, _BatchNorm) for part in module.modules()):
         raise InputError(
             f"BatchNorm needs more than 1 example in a micro-batch, but batch_size {cfg.batch_size} over "
-            f"{devices.world_size} processes in {count} micro-batches leaves {smallest or 1}; "
+            f"{devices.world_size} processes in {micro_batches} micro-batches leaves {smallest or 1}; "
             "raise micro_batch_size or batch_size, or use GroupNorm"
         )
 

@@ -17,7 +17,7 @@ from scaletrain.agreement import gather_texts, together
 from scaletrain.checkpoint.files import put_in_place
 from scaletrain.devices import Devices
 from scaletrain.errors import PREEMPTED, InputError
-from scaletrain.order import seed_for
+from scaletrain.permutation import seed_for
 
 ENVIRONMENT = "environment.json"
 OURS = ("config.json", "metrics.jsonl", "timing.jsonl", "result.json", "recipe.py", "model.safetensors", "checkpoints")

@@ -4,19 +4,20 @@ import copy
 import hashlib
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import islice
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from scaletrain.batches import Batch, NamedColumns, tensors_of, to_device
 from scaletrain.devices import copies_without_waiting
 from scaletrain.errors import InputError
-from scaletrain.order import Indices, Share, digest_of, micro_batch_count, part_of, split
-from scaletrain.readers import Bad, ColumnReader, Reader, Request
-from scaletrain.recipe import Batch, NamedColumns
+from scaletrain.order import Indices, digest_of
+from scaletrain.readers import ColumnReader, Reader, Request
+from scaletrain.share import Share, micro_batch_count, part_of, split
+from scaletrain.unreadable import Bad
 from scaletrain.workers import read_ahead
 
 T = TypeVar("T")
@@ -36,6 +37,9 @@ class MicroBatch(NamedTuple):
 
 class Loader:
     """The training data of one process: endless lists of micro-batches, one list per optimizer step."""
+
+    state: dict[str, Any] | None = None
+    """Where the data stands, beyond the number of examples seen: nowhere else."""
 
     def __init__(
         self,
@@ -202,25 +206,6 @@ class HeldOut:
         return np.arange(start, stop) if start < stop else np.array([0])
 
 
-def length(batch: Batch) -> int:
-    """Return the number of examples: the first dimension of the first leaf."""
-    leaf = next(tensors_of(batch), None)
-    if leaf is None or leaf.ndim == 0:
-        raise InputError(
-            f"a batch is a {type(batch).__name__}; it must hold tensors with one row an example, in a dict or tuple"
-        )
-    return len(leaf)
-
-
-def tensors_of(batch: Batch) -> Iterator[Tensor]:
-    """Yield the leaves of a dict, tuple, list or tensor."""
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping | tuple | list):
-        for part in batch.values() if isinstance(batch, Mapping) else batch:
-            yield from tensors_of(part)
-
-
 def copied_ahead(found: Iterator[tuple[Batch, T]], device: torch.device) -> Iterator[tuple[Batch, T]]:
     """Move the first of each pair to the device; on CUDA one is copied while the one before it computes."""
     if not copies_without_waiting(device.type):
@@ -262,17 +247,3 @@ def _handed_over(batch: Batch, rest: T, copied: torch.cuda.Event) -> tuple[Batch
     for tensor in tensors_of(batch):
         tensor.record_stream(computing)
     return batch, rest
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Move a dict, tuple, list or tensor; from pinned memory the copy overlaps with computing on CUDA."""
-    if device.type == "cpu":
-        return batch
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=copies_without_waiting(device.type))
-    if isinstance(batch, Mapping):
-        return NamedColumns({name: to_device(leaf, device) for name, leaf in batch.items()})
-    if isinstance(batch, tuple | list):
-        moved = [to_device(leaf, device) for leaf in batch]
-        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
-    return batch

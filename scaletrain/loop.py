@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from scaletrain.loader import MicroBatch, length
+from scaletrain.batches import length
+from scaletrain.loader import MicroBatch
 from scaletrain.loss import weighted
 from scaletrain.metrics import Sums
 from scaletrain.run import Run, StepInfo

@@ -1,9 +1,35 @@
 """The arithmetic of the loss: a part of a mean, weighted so that the parts add up to the whole."""
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
+from scaletrain.batches import Batch
+from scaletrain.devices import Devices
 from scaletrain.errors import InputError
+
+
+def shares(
+    micro_batches: Sequence[tuple[Batch, int]],
+    batch_size: int,
+    weight: Callable[[Batch], Tensor] | None,
+    devices: Devices,
+) -> Sequence[float | Tensor]:
+    """Return each micro-batch's share of the step's weight over all processes; 0 for a repeated one.
+
+    Counts of examples are known everywhere. A recipe's own ``weight`` costs one small reduction: every rank must reach
+    this line.
+    """
+    if weight is None:
+        return [counted / batch_size for _, counted in micro_batches]
+    dtype, device = devices.sums_in, devices.device
+    own = [torch.as_tensor(weight(b) if counted else 0, dtype=dtype, device=device) for b, counted in micro_batches]
+    if own[-1].ndim:
+        raise InputError(f"weight returned a tensor of shape {tuple(own[-1].shape)}; return one number for the batch")
+    weights = torch.stack(own)
+    total = devices.sum(weights.sum())
+    return list(weights / total.clamp(min=torch.finfo(dtype).tiny))
 
 
 def weighted(loss: Tensor, share: float | Tensor) -> Tensor:

@@ -8,20 +8,15 @@ arithmetic.
 
 import hashlib
 from dataclasses import dataclass, field
-from math import isqrt
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scaletrain.errors import InputError
+from scaletrain.permutation import as_words, mix, permute, seed_for
 
 Indices = NDArray[np.int64]
-Words = NDArray[np.uint64]
-
-STRIDE = 0x9E3779B97F4A7C15
-"""An odd number near 2**64 / the golden ratio: its multiples, modulo 2**64, visit every number once."""
-MASK = (1 << 64) - 1
 
 
 class Order(Protocol):
@@ -66,8 +61,8 @@ class Shuffled:
         epoch, place = np.divmod(positions, self.n)
         if epoch.size and epoch.min() == epoch.max():
             epoch = epoch.ravel()[:1]  # one key serves the whole block
-        key = _mix(_words(epoch) + np.uint64(seed_for(self.seed, 0)))
-        return _permute(_words(place), self.n, key).astype(np.int64)
+        key = mix(as_words(epoch) + np.uint64(seed_for(self.seed, 0)))
+        return permute(as_words(place), self.n, key).astype(np.int64)
 
 
 @dataclass(frozen=True)
@@ -147,7 +142,7 @@ class Weighted:
         return len(self._upper)
 
     def __call__(self, positions: Indices, /) -> Indices:
-        words = _mix(_words(positions) + np.uint64(seed_for(self.seed, 1)))
+        words = mix(as_words(positions) + np.uint64(seed_for(self.seed, 1)))
         uniform = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53  # [0, 1)
         drawn: Indices = np.searchsorted(self._upper, uniform, side="right").astype(np.int64)
         return drawn
@@ -208,107 +203,6 @@ def check_range(indices: Indices, examples: int) -> None:
         )
 
 
-@dataclass(frozen=True, eq=False)
-class Share:
-    """What one process reads of each step: shares differ by at most one and partition the step's positions."""
-
-    order: Order
-    batch_size: int
-    rank: int = 0
-    world_size: int = 1
-
-    @property
-    def size(self) -> int:
-        """Examples of each step that this process reads."""
-        part = part_of(self.batch_size, self.world_size, self.rank)
-        return int(part.stop - part.start)
-
-    def block(self, first: int, steps: int) -> tuple[Indices, Indices]:
-        """Return (positions, example indices), each (steps, size), of the steps from position ``first`` on."""
-        part = part_of(self.batch_size, self.world_size, self.rank)
-        starts = first + self.batch_size * np.arange(steps, dtype=np.int64)
-        positions = starts[:, None] + np.arange(part.start, part.stop, dtype=np.int64)
-        return positions, self.order(positions)
-
-
-def split(size: int, parts: int) -> list[slice]:
-    """Cut ``range(size)`` into ``parts`` slices whose sizes differ by at most one."""
-    return [part_of(size, parts, i) for i in range(parts)]
-
-
-def part_of(size: int, parts: int, i: int) -> slice:
-    """Return the slice numbered ``i`` of ``split(size, parts)``, whatever their number."""
-    return slice(size * i // parts, size * (i + 1) // parts)
-
-
-def micro_batch_count(batch_size: int, world_size: int, micro_batch_size: int | None) -> int:
-    """Number of micro-batches of every process in every step: enough for the largest share."""
-    largest = -(-batch_size // world_size)
-    return 1 if micro_batch_size is None else -(-largest // micro_batch_size)
-
-
-def seed_for(*keys: int) -> int:
-    """Hash integers into 64 bits (splitmix64), for generators and orders that depend on nothing else."""
-    word = 0
-    for key in keys:
-        word = (word ^ key) + STRIDE & MASK
-        word = (word ^ word >> 30) * 0xBF58476D1CE4E5B9 & MASK
-        word = (word ^ word >> 27) * 0x94D049BB133111EB & MASK
-        word ^= word >> 31
-    return word
-
-
-def seeds_for(key: int, numbers: Indices) -> Words:
-    """Return ``seed_for(key, number)`` for each of ``numbers``."""
-    words = (np.uint64(seed_for(key)) ^ _words(numbers)) + np.uint64(STRIDE)
-    return _mix(words)
-
-
-def _permute(places: Words, n: int, key: Words) -> Words:
-    a = max(8, isqrt(n - 1) + 1 if n > 1 else 1)  # a smaller square has too few permutations
-    b = max(8, -(-n // a))
-    shown = _feistel(places, a, b, key)
-    outside = np.flatnonzero(shown >= n)  # one in sqrt(n), for n above 64
-    key = np.broadcast_to(key, places.shape).ravel()
-    shown = shown.ravel()
-    while outside.size:
-        shown[outside] = _feistel(shown[outside], a, b, key[outside])
-        outside = outside[shown[outside] >= n]
-    return shown.reshape(places.shape)
-
-
-def _feistel(numbers: Words, a: int, b: int, key: Words) -> Words:
-    """Permute the numbers below a * b, a pair (left < a, right < b) each, in eight keyed rounds."""
-    left, right = np.divmod(numbers, np.uint64(b))
-    for r in range(8):
-        round_key = key + np.uint64(r * STRIDE & MASK)
-        half, other, size = (left, right, np.uint64(a)) if r % 2 == 0 else (right, left, np.uint64(b))
-        half += _below(other + round_key, size)
-        np.minimum(half, half - size, out=half)  # modulo size: the unsigned difference wraps where half < size
-    left *= np.uint64(b)
-    left += right
-    return left
-
-
-def _below(words: Words, bound: np.uint64) -> Words:
-    """Hash ``words`` in place into [0, bound), bound < 2**32, by multiplying and shifting instead of dividing."""
-    words = _mix(words)
-    words >>= np.uint64(32)
-    words *= bound
-    words >>= np.uint64(32)
-    return words
-
-
-def _mix(words: Words) -> Words:
-    """Apply splitmix64's finalizer in place: every bit of the input changes half the bits of the output."""
-    words ^= words >> np.uint64(30)
-    words *= np.uint64(0xBF58476D1CE4E5B9)
-    words ^= words >> np.uint64(27)
-    words *= np.uint64(0x94D049BB133111EB)
-    words ^= words >> np.uint64(31)
-    return words
-
-
 def _check_n(order: Shuffled | Sequential) -> None:
     if not isinstance(order.n, int | np.integer) or order.n < 1:
         raise InputError(f"{type(order).__name__} has n {order.n}; it is the number of examples, at least 1")
@@ -317,7 +211,3 @@ def _check_n(order: Shuffled | Sequential) -> None:
 def _hash(numbers: NDArray[Any]) -> str:
     little = np.ascontiguousarray(numbers, dtype=numbers.dtype.newbyteorder("<"))
     return hashlib.sha256(little.tobytes()).hexdigest()
-
-
-def _words(numbers: Indices) -> Words:
-    return numbers.astype(np.uint64)

@@ -15,16 +15,18 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from scaletrain.agreement import gather_tensors, together
+from scaletrain.batches import Batch, length
 from scaletrain.checkpoint.export import load_weights, saved_classes
 from scaletrain.checkpoint.files import put_in_place
 from scaletrain.config import NOT_LEARNED_FROM, Config
+from scaletrain.data import Part
 from scaletrain.devices import Devices, set_up
 from scaletrain.errors import InputError
 from scaletrain.feed import load_data, seed_everything
-from scaletrain.loader import HeldOut, length
+from scaletrain.loader import HeldOut
 from scaletrain.metrics import OUTPUTS
 from scaletrain.readers import make_reader
-from scaletrain.recipe import Batch, Part, Recipe
+from scaletrain.recipe import Recipe
 from scaletrain.workers import chosen_workers
 
 KINDS = (".parquet", ".npz")

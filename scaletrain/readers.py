@@ -1,7 +1,6 @@
-"""From indices to a batch: one gather per column, many rows of a table at once, or example by example."""
+"""From indices to a batch: one gather per column, many rows of a dataset at once, or example by example."""
 
 import mmap
-import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -9,31 +8,21 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import default_collate
 
+from scaletrain.batches import Batch, NamedColumns, narrow
+from scaletrain.data import MAPPED, Columns, Part, count
 from scaletrain.errors import InputError
-from scaletrain.order import Indices, Order, seed_for
+from scaletrain.order import Indices, Order
+from scaletrain.permutation import seed_for
 from scaletrain.randomness import drew, random_states, seed_all, set_random_states
-from scaletrain.recipe import MAPPED, Batch, Columns, NamedColumns, Part, count
+from scaletrain.unreadable import Bad, Collate, collated, readable, reason_of, shown
 
 Request = tuple[Indices, Indices]
 """Positions in the stream, which seed what is random, and the examples to read there."""
-Collate = Callable[[list[Any]], Batch]
 PAGES_BYTES, KEPT_BYTES = 16 * 4096, 256 << 20
 """What the kernel maps around a row that is read, and how much of that is kept."""
 CUT = 256
 """Batches that are cut at a time."""
-MOST_TRIES = 100
-"""Replacements tried for an example that cannot be read."""
-MEND = "mend it, or in training let a few be replaced with --skip-bad"
-
-
-class Bad(NamedTuple):
-    """An example that could not be read, and the one that took its place."""
-
-    example: int
-    reason: str
-    replaced_by: int
 
 
 class Read(NamedTuple):
@@ -118,12 +107,21 @@ class ColumnReader:
                 mapped.madvise(mmap.MADV_DONTNEED)
 
 
-@dataclass(eq=False)
-class BatchReader:
-    """Read batches from a map-style dataset that takes many indices at once: ``dataset.__getitems__(indices)``.
+def _kind(name: str, column: Tensor, double: bool) -> torch.dtype:
+    if column.dtype == torch.float64 and not double:
+        return torch.float32
+    whole = not column.is_floating_point() and not column.is_complex() and column.dtype != torch.bool
+    return torch.int64 if name == "label" and whole else column.dtype
 
-    It returns a dict of columns, used as it is, or a list of examples. Nothing in it may be random: which examples
-    are read together depends on the number of processes. What is random belongs into ``__getitem__`` or ``augment``.
+
+@dataclass(eq=False)
+class DatasetReader:
+    """Read batches from a map-style dataset.
+
+    Example by example, what is random in reading one (torch, NumPy's and Python's global generators) depends on the
+    seed and the example's position alone, so neither workers nor processes change it. With ``at_once`` the dataset is
+    asked for many indices, ``dataset.__getitems__(indices)``, and returns a dict of columns or a list of examples.
+    Nothing may be random there: which examples are read together depends on the number of processes.
     """
 
     dataset: Any
@@ -132,6 +130,7 @@ class BatchReader:
     n: int = 0
     """Examples; by default all of the dataset."""
     seed: int = 0
+    at_once: bool = False
     double: bool = False
     instead: Order | None = None
     """What shows another example in the place of one that cannot be read; without it such a one raises."""
@@ -142,28 +141,43 @@ class BatchReader:
 
     def __call__(self, request: Request) -> Read:
         bad: list[Bad] = []
-        found, indices = self._found(*request, bad)
+        positions, indices = request
+        if self.at_once:
+            found, indices = self._together(positions, indices, bad)
+        else:
+            found = self._each(self._one, positions, indices, bad)
         if self.collate is not None and isinstance(found, Mapping):
             found = [{name: column[i] for name, column in found.items()} for i in range(len(indices))]
         if isinstance(found, list):
             found = collated(self.collate, found, indices)
         return Read(found if self.double else narrow(found), tuple(bad))
 
-    def _found(self, positions: Indices, indices: Indices, bad: list[Bad]) -> tuple[Any, Indices]:
+    def _each(self, read: Callable[[int, int], Any], positions: Indices, indices: Indices, bad: list[Bad]) -> list[Any]:
+        pairs = zip(positions.tolist(), indices.tolist(), strict=True)
+        return [readable(read, *pair, bad, instead=self.instead, seed=self.seed) for pair in pairs]
+
+    def _one(self, position: int, index: int) -> Any:
+        seed_all(seed_for(self.seed, 2, position))
+        return self.dataset[index if self.rows is None else int(self.rows(np.array([index]))[0])]
+
+    def _together(self, positions: Indices, indices: Indices, bad: list[Bad]) -> tuple[Any, Indices]:
         """Read at once; where that fails one by one, to name the one that cannot be read or to replace it."""
         try:
-            return self._read(indices), indices
+            return self._many(indices), indices
         except DrawnError:
             raise
         except Exception:  # met again below, by the example that raises it
-            pairs = zip(positions.tolist(), indices.tolist(), strict=True)
-            indices = np.array([readable(self._alone, self, position, index, bad) for position, index in pairs])
+            indices = np.array(self._each(self._alone, positions, indices, bad))
         try:
-            return self._read(indices), indices
+            return self._many(indices), indices
         except Exception as error:
-            raise InputError(f"{_shown(indices)} cannot be read together: {_reason(error)}") from error
+            raise InputError(f"{shown(indices)} cannot be read together: {reason_of(error)}") from error
 
-    def _read(self, indices: Indices) -> Any:
+    def _alone(self, position: int, index: int) -> int:
+        self._many(np.array([index]))
+        return index
+
+    def _many(self, indices: Indices) -> Any:
         rows = (indices if self.rows is None else self.rows(indices)).tolist()
         if self._checked:
             return self.dataset.__getitems__(rows)
@@ -177,49 +191,12 @@ class BatchReader:
         self._checked = True
         return found
 
-    def _alone(self, position: int, index: int) -> int:
-        self._read(np.array([index]))
-        return index
-
 
 class DrawnError(InputError):
     """A dataset draws random numbers where it must not."""
 
 
-@dataclass(eq=False)
-class ExampleReader:
-    """Read batches from a map-style dataset example by example.
-
-    What is random in reading an example (torch, NumPy's and Python's global generators) depends on the seed
-    and the example's position alone, so neither workers nor processes change it.
-    """
-
-    dataset: Any
-    collate: Collate | None = None
-    rows: Order | None = None
-    n: int = 0
-    """Examples; by default all of the dataset."""
-    seed: int = 0
-    double: bool = False
-    instead: Order | None = None
-    """What shows another example in the place of one that cannot be read; without it such a one raises."""
-
-    def __post_init__(self) -> None:
-        self.n = self.n or len(self.dataset)
-
-    def __call__(self, request: Request) -> Read:
-        bad: list[Bad] = []
-        pairs = zip(request[0].tolist(), request[1].tolist(), strict=True)
-        examples = [readable(self._read, self, position, index, bad) for position, index in pairs]
-        batch = collated(self.collate, examples, request[1])
-        return Read(batch if self.double else narrow(batch), tuple(bad))
-
-    def _read(self, position: int, index: int) -> Any:
-        seed_all(seed_for(self.seed, 2, position))
-        return self.dataset[index if self.rows is None else int(self.rows(np.array([index]))[0])]
-
-
-Reader = ColumnReader | BatchReader | ExampleReader
+Reader = ColumnReader | DatasetReader
 
 
 def make_reader(
@@ -234,10 +211,9 @@ def make_reader(
         whole, rows = examples.whole, examples.rows
     if isinstance(whole, Mapping):
         columns = ColumnReader(dict(whole), rows, n, double=double)
-        return columns if collate is None else BatchReader(_Rows(columns), collate, double=double)
+        return columns if collate is None else DatasetReader(_Rows(columns), collate, at_once=True, double=double)
     many = hasattr(whole, "__getitems__") and not (hasattr(whole, "__getitem__") and _is_random(whole))
-    reader = BatchReader if many else ExampleReader
-    return reader(whole, collate, rows, n, seed=seed, double=double, instead=instead)
+    return DatasetReader(whole, collate, rows, n, seed, many, double, instead)
 
 
 def _is_random(dataset: Any) -> bool:
@@ -264,108 +240,3 @@ class _Rows:
 
     def __getitems__(self, indices: list[int]) -> Batch:
         return self.reader((np.array(indices), np.array(indices))).batch
-
-
-def readable(
-    read: Callable[[int, int], Any], reader: BatchReader | ExampleReader, position: int, index: int, bad: list[Bad]
-) -> Any:
-    """Return ``read(position, index)``, or where that raises the same of another index, noted in ``bad``.
-
-    The other one is what the order shows elsewhere in the epoch; where depends on the seed and the position alone, so
-    a run that goes on takes the same. Raises InputError where nothing may be replaced, or nothing can be read.
-    """
-    other, reason = index, ""
-    for attempt in range(1, MOST_TRIES + 1):
-        try:
-            found = read(position, other)
-        except Exception as error:  # whatever reading raises, the example is bad
-            if reader.instead is None:
-                raise unreadable(
-                    error, f"example {index}", "mend it, or let a few be replaced with --skip-bad"
-                ) from error
-            reason, n = reason or _reason(error), reader.instead.n
-            place = position - position % n + seed_for(reader.seed, 4, position, attempt) % n
-            other = int(reader.instead(np.array([place]))[0])
-            continue
-        if attempt > 1:
-            bad.append(Bad(index, reason, other))
-        return found
-    raise InputError(f"example {index} cannot be read ({reason}), nor can {MOST_TRIES - 1} others in its place")
-
-
-def collated(collate: Collate | None, examples: list[Any], indices: Indices | None = None) -> Batch:
-    """Make a batch. Raises InputError where that fails, naming two examples that differ in shape if there are such."""
-    try:
-        return (collate or default_collate)(examples)
-    except InputError:
-        raise
-    except Exception as error:
-        which = "examples of the stream" if indices is None else _shown(indices)
-        if unlike := _unlike(examples):
-            which = which if indices is None else f"the examples {indices[0]} and {indices[unlike[0]]}"
-            which += f" ({unlike[1]})"
-        advice = "give the recipe a collate that pads or packs them" if collate is None else "mend the recipe's collate"
-        raise InputError(f"{which} make no batch: {_reason(error)}; {advice}") from error
-
-
-def _unlike(examples: list[Any]) -> tuple[int, str] | None:
-    """Return the first example that differs from the one at the beginning, and in what."""
-    first = dict(_leaves(examples[0]))
-    for k, example in enumerate(examples):
-        other = dict(_leaves(example))
-        for name in first | other:
-            if first.get(name) != other.get(name):
-                return k, f"{name}{first.get(name, 'missing')} and {other.get(name, 'missing')}"
-    return None
-
-
-def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the name of each leaf, and its shape or type."""
-    if isinstance(value, Mapping):
-        for key, part in value.items():
-            yield from _leaves(part, f"{name}{key} ")
-    elif isinstance(value, tuple | list):
-        for k, part in enumerate(value):
-            yield from _leaves(part, f"{name}{k} ")
-    else:
-        yield name, f"{tuple(value.shape)}" if hasattr(value, "shape") else type(value).__name__
-
-
-def _shown(indices: Indices) -> str:
-    return f"the examples {', '.join(map(str, indices[:8].tolist()))}{', ...' * (len(indices) > 8)}"
-
-
-def unreadable(error: Exception, what: str, advice: str = "mend it") -> InputError:
-    """Return the error for what cannot be read: which, why, where in the code, and what to do."""
-    if isinstance(error, InputError):
-        return error
-    return InputError(f"{what} cannot be read: {_reason(error)}; {advice}")
-
-
-def _reason(error: Exception) -> str:
-    """Say in one line what was raised, and where."""
-    if isinstance(error, InputError):
-        return str(error)
-    frames = traceback.extract_tb(error.__traceback__)
-    where = f" ({frames[-1].filename.rpartition('/')[2]}, line {frames[-1].lineno})" if frames else ""
-    first = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {first[:200]}{where}"
-
-
-def _kind(name: str, column: Tensor, double: bool) -> torch.dtype:
-    if column.dtype == torch.float64 and not double:
-        return torch.float32
-    whole = not column.is_floating_point() and not column.is_complex() and column.dtype != torch.bool
-    return torch.int64 if name == "label" and whole else column.dtype
-
-
-def narrow(batch: Batch) -> Batch:
-    """Turn float64 into float32, which is what models compute in, and name the columns of a dict."""
-    if isinstance(batch, Tensor):
-        return batch.float() if batch.dtype == torch.float64 else batch
-    if isinstance(batch, Mapping):
-        return NamedColumns({name: narrow(leaf) for name, leaf in batch.items()})
-    if isinstance(batch, tuple | list):
-        leaves = [narrow(leaf) for leaf in batch]
-        return type(batch)(*leaves) if hasattr(batch, "_fields") else type(batch)(leaves)
-    return batch

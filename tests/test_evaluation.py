@@ -85,22 +85,8 @@ def check(folder, recipe=recipe, **options):
             assert found[name] == pytest.approx(wanted, abs=1e-7), name
 
 
-def test_the_figures_are_scikit_learns(shared_path):
-    check(shared_path)
-
-
-@pytest.mark.world_size(2)
-def test_the_figures_are_scikit_learns_on_two_processes(shared_path):
-    check(shared_path)
-
-
-@pytest.mark.world_size(3)
-def test_the_figures_are_scikit_learns_on_three_processes(shared_path):
-    check(shared_path)
-
-
-@pytest.mark.world_size(4)
-def test_the_figures_are_scikit_learns_on_four_processes(shared_path):
+@pytest.mark.parametrize("processes", [1, *(pytest.param(n, marks=pytest.mark.world_size(n)) for n in (2, 3, 4))])
+def test_the_figures_are_scikit_learns(processes, shared_path):
     check(shared_path)
 
 

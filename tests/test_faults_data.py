@@ -24,10 +24,11 @@ from test_loader import CPU, Jittered
 
 from scaletrain import Data, InputError, load, main, start, train
 from scaletrain import workers as workers_module
+from scaletrain.content import fingerprint
 from scaletrain.loader import Loader
-from scaletrain.order import Given, Sequential, Share, Shuffled, Weighted, micro_batch_count
-from scaletrain.readers import ColumnReader, ExampleReader
-from scaletrain.recipe import fingerprint
+from scaletrain.order import Given, Sequential, Shuffled, Weighted
+from scaletrain.readers import ColumnReader, DatasetReader
+from scaletrain.share import Share, micro_batch_count
 from scaletrain.sources import columns
 
 N, BATCH = 37, 8
@@ -111,7 +112,7 @@ def test_from_every_step_of_three_epochs_every_process_reads_what_the_oracle_say
         parts = []
         for rank in range(world_size):
             share = Share(ORDERS[kind], BATCH, rank, world_size)
-            for reader in (ColumnReader({"row": torch.arange(N)}), ExampleReader(Jittered(N), seed=3)):
+            for reader in (ColumnReader({"row": torch.arange(N)}), DatasetReader(Jittered(N), seed=3)):
                 count = micro_batch_count(BATCH, world_size, 3)
                 loader = Loader(reader, share, count, workers=workers, device=CPU)
                 parts.append(rows_of(loader, first * BATCH, min(4, STEPS - first)))
@@ -175,7 +176,8 @@ def test_two_resumes_in_one_epoch_change_nothing(tmp_path):
     assert bits(tmp_path / "run")[1] == bits(tmp_path / "whole")[1]
 
 
-def check_real_processes(shared_path):
+@pytest.mark.parametrize("processes", [pytest.param(n, marks=pytest.mark.world_size(n)) for n in (2, 3)])
+def test_processes_that_stop_twice_in_an_epoch_read_what_the_oracle_says(processes, shared_path):
     """Train 3 epochs with every order, stopped at two steps of one of them; compare what was read with the oracle."""
     steps_done = []
 
@@ -203,14 +205,20 @@ def check_real_processes(shared_path):
         assert read == [[oracle(kind, step * BATCH + i) for i in range(BATCH)] for step in range(STEPS)], kind
 
 
-@pytest.mark.world_size(2)
-def test_two_processes_that_stop_twice_in_an_epoch_read_what_the_oracle_says(shared_path):
-    check_real_processes(shared_path)
-
-
-@pytest.mark.world_size(3)
-def test_three_processes_that_stop_twice_in_an_epoch_read_what_the_oracle_says(shared_path):
-    check_real_processes(shared_path)
+@pytest.mark.parametrize("order", ["Weighted(range(1, 102), seed=5)", "Given(range(100, -1, -2))", "Sequential(101)"])
+def test_any_order_goes_on_on_another_number_of_processes_with_the_same_examples(order, tmp_path):
+    path = script(tmp_path, f"main(replace(tiny.recipe, data=lambda cfg: Data(tiny.table(), order={order})))")
+    argv = ["--double", "--log-every", "1", "--batch-size", "12"]
+    for name, launchers in (("whole", [(sys.executable,)]), ("chain", [TORCHRUN, (sys.executable,), TORCHRUN])):
+        for last, launcher in zip((18,) if name == "whole" else (5, 11, 18), launchers, strict=True):
+            done = launch(*launcher, path, *argv, "--max-steps", last, "--out", tmp_path / name)
+            assert done.returncode == 0, done.stderr
+    whole, chain = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("whole", "chain")
+    )
+    assert [line["step"] for line in chain] == [line["step"] for line in whole] == list(range(1, 19))
+    assert [line["loss"] for line in chain] == pytest.approx([line["loss"] for line in whole], rel=1e-9)
 
 
 # L2: workers that die and hang
@@ -354,7 +362,7 @@ def test_a_bad_example_is_replaced_by_one_of_the_order_also_on_other_workers_and
     for world_size, workers in ((1, 0), (1, 1), (2, 0), (3, 0)):
         parts = []
         for rank in range(world_size):
-            reader = ExampleReader(Noisy(bad), seed=3, instead=order)
+            reader = DatasetReader(Noisy(bad), seed=3, instead=order)
             share = Share(order, 10, rank, world_size)
             parts.append(rows_of(Loader(reader, share, 1, workers=workers, device=CPU, most_bad=101), 0, 21))
             parts[-1][7:] = rows_of(Loader(reader, share, 1, workers=workers, device=CPU, most_bad=101), 70, 14)

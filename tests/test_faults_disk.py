@@ -126,6 +126,16 @@ def small_disk(path, **options):
         subprocess.run(["umount", path], check=True)
 
 
+def remount(disk, mode):
+    """Mount ``disk`` again as ``ro`` or ``rw``: once no file of it is being written, else the kernel calls it busy."""
+    for _ in range(200):
+        done = subprocess.run(["mount", "-o", f"remount,{mode}", disk], capture_output=True, text=True, check=False)
+        if "busy" not in done.stderr:
+            break
+        time.sleep(0.05)
+    assert done.returncode == 0, done.stderr
+
+
 def save_bytes(folder, step, size, files=None):
     """Save a checkpoint with ``size`` bytes of tensors, and state that says its step."""
     saver = Saver(folder / FOLDER, files=files)
@@ -196,11 +206,11 @@ def test_a_disk_that_can_hold_no_more_files_costs_nothing_but_the_new_checkpoint
 def test_a_disk_that_becomes_read_only_is_named_and_holds_what_it_held(tmp_path):
     with small_disk(tmp_path / "disk", size="4m") as disk:
         save(disk, 10)
-        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        remount(disk, "ro")
         with pytest.raises(CheckpointError, match=r"disk: Read-only file system \(on rank 0\)"):
             save(disk, 20)
         assert newest(disk) == 10
-        subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+        remount(disk, "rw")
         save(disk, 20)
         assert newest(disk) == 20
     report("D4 read-only disk", 1, "told with path and reason; saving goes on when it can be written again")
@@ -235,12 +245,10 @@ def test_a_run_whose_disk_fails_ends_with_one_line_and_goes_on_when_it_is_mended
         assert "No space left on device" in said or "are free" in said
         assert not list(disk.glob("run/*.draft"))
         (disk / "others").unlink()
-        said = run_until_the_disk_fails(
-            disk, lambda: subprocess.run(["mount", "-o", "remount,ro", disk], check=True), capsys
-        )
+        said = run_until_the_disk_fails(disk, lambda: remount(disk, "ro"), capsys)
         assert "disk: Read-only file system" in said
         assert "exit.json could not be written: Read-only file system" in said
-        subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+        remount(disk, "rw")
         main(tiny.recipe, ["--max-steps", "30", "--log-every", "1", "--out", str(disk / "run")])
         for name in ("metrics.jsonl", "model.safetensors"):
             assert (disk / "run" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

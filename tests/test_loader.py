@@ -19,10 +19,12 @@ import torch.distributed as dist
 from benchmarks import large_map
 from benchmarks.children import in_child
 from scaletrain import Data, Given, Sequential, Weighted, main, start, steps, validate
+from scaletrain.batches import length, to_device
 from scaletrain.errors import InputError
-from scaletrain.loader import HeldOut, Loader, copied_ahead, length, one_ahead, to_device
-from scaletrain.order import Share, Shuffled, micro_batch_count
-from scaletrain.readers import ColumnReader, ExampleReader, make_reader
+from scaletrain.loader import HeldOut, Loader, copied_ahead, one_ahead
+from scaletrain.order import Shuffled
+from scaletrain.readers import ColumnReader, DatasetReader, make_reader
+from scaletrain.share import Share, micro_batch_count
 from scaletrain.workers import chosen_workers
 
 CPU = torch.device("cpu")
@@ -67,21 +69,21 @@ def examples(all_steps):
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # more workers than cores: just what is tested
 def test_transforms_give_the_same_examples_on_any_workers_and_processes():
-    wanted = examples(first_steps(loader(ExampleReader(Jittered(), None, seed=3))))
+    wanted = examples(first_steps(loader(DatasetReader(Jittered(), None, seed=3))))
     assert len(wanted) == 9 * 12
     for workers in (1, 4):
-        assert examples(first_steps(loader(ExampleReader(Jittered(), None, seed=3), workers=workers))) == wanted
+        assert examples(first_steps(loader(DatasetReader(Jittered(), None, seed=3), workers=workers))) == wanted
     for micro_batch_size in (5, 1):
-        reader = ExampleReader(Jittered(), None, seed=3)
+        reader = DatasetReader(Jittered(), None, seed=3)
         parts = [loader(reader, rank=r, world_size=5, micro_batch_size=micro_batch_size) for r in range(5)]
         assert {k: v for part in parts for k, v in examples(first_steps(part)).items()} == wanted
-    assert examples(first_steps(loader(ExampleReader(Jittered(), None, seed=4)))) != wanted
+    assert examples(first_steps(loader(DatasetReader(Jittered(), None, seed=4)))) != wanted
 
 
 @pytest.mark.world_size(2)
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_transforms_give_the_same_examples_on_two_processes_with_any_workers(shared_path):
-    wanted = examples(first_steps(loader(ExampleReader(Jittered(), None, seed=5)), 4))
+    wanted = examples(first_steps(loader(DatasetReader(Jittered(), None, seed=5)), 4))
     for workers in (0, 1, 4):
         cfg = tiny.TinyConfig(seed=5, batch_size=12, workers=workers, max_steps=4, out=str(shared_path / str(workers)))
         run = start(replace(tiny.recipe, data=lambda cfg: Data(Jittered())), cfg)
@@ -92,13 +94,13 @@ def test_transforms_give_the_same_examples_on_two_processes_with_any_workers(sha
 
 
 def test_an_example_is_transformed_anew_in_each_epoch():
-    seen = examples(first_steps(loader(ExampleReader(Jittered(), None, seed=3), batch_size=48), 2))
+    seen = examples(first_steps(loader(DatasetReader(Jittered(), None, seed=3), batch_size=48), 2))
     assert all(seen[0, row] != seen[1, row] for row in range(48))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_reading_resumes_at_any_step(workers):
-    reader = ExampleReader(Jittered(), None, seed=3)
+    reader = DatasetReader(Jittered(), None, seed=3)
     whole = first_steps(loader(reader, workers=workers), 9)
     rest = first_steps(loader(reader, workers=workers), 4, first=5 * 12)
     assert examples(rest) == {(step - 5, row): x for (step, row), x in examples(whole).items() if step >= 5}
@@ -119,7 +121,7 @@ def test_columns_give_the_rows_of_the_order_whatever_is_gathered_at_once(row_byt
 @pytest.mark.parametrize("dataset", [False, True], ids=["columns", "dataset"])
 def test_every_process_has_the_same_number_of_micro_batches_and_none_is_empty(dataset):
     columns = {"row": torch.arange(37), "x": torch.randn(37, 3)}
-    reader = ExampleReader(Jittered(37)) if dataset else ColumnReader(columns)
+    reader = DatasetReader(Jittered(37)) if dataset else ColumnReader(columns)
     for rank in range(5):
         (micro_batches,) = first_steps(loader(reader, rank=rank, world_size=5, micro_batch_size=1), 1)
         assert [counted for _, counted in micro_batches] == ([1, 1, 1] if rank in (2, 4) else [0, 1, 1])
@@ -168,9 +170,9 @@ class Broken(Jittered):
 def test_workers_read_what_takes_longer_than_the_way_from_a_worker(monkeypatch):
     monkeypatch.setattr("scaletrain.workers.cores", lambda: 8)
     assert chosen_workers(ColumnReader({"x": torch.zeros(3)}), 4, 1, 8) == 0
-    assert chosen_workers(ExampleReader(Jittered()), 3, 1, 8) == 3
-    assert chosen_workers(ExampleReader(Jittered(5)), None, 1, 8) == 0
-    for reader in (ExampleReader(Unhurried()), ExampleReader(Broken())):
+    assert chosen_workers(DatasetReader(Jittered()), 3, 1, 8) == 3
+    assert chosen_workers(DatasetReader(Jittered(5)), None, 1, 8) == 0
+    for reader in (DatasetReader(Unhurried()), DatasetReader(Broken())):
         assert chosen_workers(reader, None, 1, 8) == 4
         assert chosen_workers(reader, None, 4, 8) == 1
         assert chosen_workers(reader, None, 8, 8) == 0
@@ -219,7 +221,7 @@ def test_an_exception_in_a_worker_reaches_the_user():
         with pytest.raises(
             InputError, match=r"example \d+ cannot be read: KeyError: 'no file for \d+' \(test_loader.py, line"
         ):
-            first_steps(loader(ExampleReader(Broken()), workers=workers), 1)
+            first_steps(loader(DatasetReader(Broken()), workers=workers), 1)
 
 
 def test_batches_of_every_kind_move_to_a_device():

@@ -17,7 +17,7 @@ from torch import nn
 import scaletrain
 from scaletrain import Data, forward_backward, main, start, steps, train, train_step, validate
 from scaletrain.loader import Loader
-from scaletrain.order import Share
+from scaletrain.share import Share
 from scaletrain.state import State
 
 N = 101  # rows of the training table

@@ -11,18 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from scaletrain import InputError
-from scaletrain.order import (
-    Given,
-    Sequential,
-    Share,
-    Shuffled,
-    Weighted,
-    checked,
-    digest_of,
-    micro_batch_count,
-    seed_for,
-    split,
-)
+from scaletrain.order import Given, Sequential, Shuffled, Weighted, checked, digest_of
+from scaletrain.permutation import seed_for
+from scaletrain.share import Share, micro_batch_count, split
 
 sizes = st.integers(1, 3000)
 seeds = st.integers(0, 2**63 - 1)

@@ -10,8 +10,9 @@ import torch
 from PIL import Image
 
 from scaletrain import Data, InputError, load
-from scaletrain.order import seed_for
-from scaletrain.recipe import Part, fingerprint
+from scaletrain.content import fingerprint
+from scaletrain.data import Part
+from scaletrain.permutation import seed_for
 from scaletrain.sources import files, split
 from scaletrain.sources.split import hold_out
 from scaletrain.sources.table import Table, as_table, check_readable

@@ -18,9 +18,11 @@ from PIL import Image
 from test_checkpoints import ends_with, left_after
 
 from scaletrain import Data, InputError, main, start, train
+from scaletrain.content import fingerprint
+from scaletrain.data import is_stream
 from scaletrain.devices import set_up
-from scaletrain.recipe import fingerprint, is_stream
-from scaletrain.streams import EveryNth, Stream, _alike, _sample, shared_out
+from scaletrain.division import EveryNth, _alike, _sample, shared_out
+from scaletrain.streams import Stream
 
 ROWS = [
     {"x": x.tolist(), "y": int(y), "row": int(row)}

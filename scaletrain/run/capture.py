@@ -15,7 +15,6 @@ from scaletrain.errors import CheckpointError
 from scaletrain.folder import describe_environment, strict
 from scaletrain.optimizers import saved_state
 from scaletrain.run.info import StepInfo
-from scaletrain.streams import StreamLoader
 
 if TYPE_CHECKING:
     from scaletrain.run.run import Run
@@ -35,7 +34,7 @@ def captured(run: Run, unfinished: StepInfo | None = None) -> tuple[dict[str, di
     own: dict[str, Any] = {"loss": number(run.losses), "asked": run.requests.stop}
     if run.loader.bad:
         own["bad"] = {str(example): reason for example, reason in run.loader.bad.items()}
-    if isinstance(run.loader, StreamLoader):
+    if run.loader.state is not None:
         own["stream"] = run.loader.state
     if unfinished is not None:
         norm = unfinished.grad_norm

@@ -21,7 +21,7 @@ from scaletrain.optimizers import restore_state
 from scaletrain.run.capture import TENSOR, number, stateful_hooks
 from scaletrain.run.info import StepInfo
 from scaletrain.state import State
-from scaletrain.streams import NEW, StreamLoader
+from scaletrain.streams import checked_state
 
 if TYPE_CHECKING:
     from scaletrain.run.run import Run
@@ -109,8 +109,8 @@ def _restore(run: Run, checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
         run.requests.wishes.hold(Wish(stop=1))
     for rank in ranks:  # every process knows them all, so that how many there are does not matter
         run.loader.bad |= {int(example): _text(reason) for example, reason in rank.get("bad", {}).items()}
-    if isinstance(run.loader, StreamLoader):
-        run.loader.state = _stream_state(mine["stream"])
+    if run.loader.state is not None:
+        run.loader.state = checked_state(mine["stream"])
     if facts["unfinished"] is not None:
         run.handed_out = _unfinished(run, facts, ranks, mine if same else None)
     _text(facts["tracker"])  # the caller takes these two
@@ -163,16 +163,6 @@ def _unfinished(run: Run, facts: dict[str, Any], ranks: list[dict[str, Any]], mi
         grad_norm=None if norm is None else torch.tensor(as_float(norm), dtype=dtypes[1], device=device),
         finite=torch.tensor(_flag(finite), device=device),
     )
-
-
-def _stream_state(content: Any) -> dict[str, Any]:
-    """Return where a stream stands; raise ValueError unless it is as ``Stream`` says it."""
-    if not isinstance(content, dict) or content.keys() != NEW.keys():
-        raise ValueError(f"the stream stands at {content!a:.200}")
-    for name in NEW:
-        if name != "source":
-            _count(content[name], f"the stream's {name}")
-    return content
 
 
 def read_state(content: dict[str, Any], step: int) -> State:

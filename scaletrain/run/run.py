@@ -11,17 +11,20 @@ import torch
 from torch import Tensor, nn, optim
 
 from scaletrain.agreement import gather_texts, together
+from scaletrain.batches import Batch
 from scaletrain.checkpoint.saver import Saver
 from scaletrain.checkpoint.strict import dump
 from scaletrain.checkpoint.tensors import local_part
 from scaletrain.config import Config
+from scaletrain.data import Data
 from scaletrain.devices import Devices, seed_generators
 from scaletrain.errors import InputError, Preempted
 from scaletrain.loader import HeldOut, Loader, MicroBatch
+from scaletrain.loss import shares
 from scaletrain.metrics import Objects
 from scaletrain.optimizers import base_values, hyperparameters, set_factors
-from scaletrain.order import MASK, STRIDE, seed_for
-from scaletrain.recipe import Batch, Data, Hook, Metric, Recipe
+from scaletrain.permutation import MASK, STRIDE, seed_for
+from scaletrain.recipe import Hook, Metric, Recipe
 from scaletrain.run.capture import captured
 from scaletrain.run.ending import replaced, say_outcome, take_best, write_outcome
 from scaletrain.run.gradients import Gradients
@@ -121,23 +124,8 @@ class Run:
         return [MicroBatch(self.recipe.augment(batch, self.cfg), counted) for batch, counted in micro_batches]
 
     def shares(self, micro_batches: list[MicroBatch]) -> Sequence[float | Tensor]:
-        """Return each micro-batch's share of the step's weight over all processes; 0 for a repeated one.
-
-        Counts of examples are known everywhere. A recipe's own ``weight`` costs one small reduction: every
-        rank must reach this line.
-        """
-        weight = self.recipe.weight
-        if weight is None:
-            return [counted / self.cfg.batch_size for _, counted in micro_batches]
-        dtype, device = self.devices.sums_in, self.devices.device
-        own = [torch.as_tensor(weight(b) if counted else 0, dtype=dtype, device=device) for b, counted in micro_batches]
-        if own[-1].ndim:
-            raise InputError(
-                f"weight returned a tensor of shape {tuple(own[-1].shape)}; return one number for the batch"
-            )
-        weights = torch.stack(own)
-        total = self.devices.sum(weights.sum())
-        return list(weights / total.clamp(min=torch.finfo(dtype).tiny))
+        """Return each micro-batch's share of the step's weight. Every rank must reach this line."""
+        return shares(micro_batches, self.cfg.batch_size, self.recipe.weight, self.devices)
 
     def info(self, loss: Tensor, grad_norm: Tensor | None, finite: Tensor) -> StepInfo:
         """Describe the step just done: ``loss`` is this process's share of the mean."""

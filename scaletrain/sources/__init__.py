@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from scaletrain.data import Data
 from scaletrain.errors import InputError
-from scaletrain.recipe import Data
 from scaletrain.sources import arrays, builtin, files, tokens
 from scaletrain.sources.columns import to_splits
 from scaletrain.sources.split import with_held_out

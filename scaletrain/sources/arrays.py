@@ -8,8 +8,8 @@ from zipfile import BadZipFile
 
 import numpy as np
 
+from scaletrain.data import Data
 from scaletrain.errors import InputError
-from scaletrain.recipe import Data
 
 
 def read(path: Path) -> dict[str, Any]:

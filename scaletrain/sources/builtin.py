@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import interpolate
 
+from scaletrain.data import Data
 from scaletrain.errors import InputError
-from scaletrain.recipe import Data
 
 TABLES = ("digits", "iris", "wine", "breast_cancer", "diabetes")
 TEXT = "stdlib"
@@ -52,7 +52,7 @@ def passages() -> Data:
     return Data(train=rows, classes=classes)
 
 
-def library_bytes() -> np.ndarray:
+def source_bytes() -> np.ndarray:
     """Return the source code of the standard library, file after file, as (N,) uint8."""
     return np.frombuffer("\n".join(text for _, text in _library()).encode(), dtype=np.uint8)
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from scaletrain.data import Data, Part
 from scaletrain.errors import InputError
-from scaletrain.recipe import Data, Part
 from scaletrain.sources.arrays import no_such_column, without_missing_labels
 from scaletrain.sources.pictures import BadImageError
 from scaletrain.sources.split import COPIED_BYTES, RANKED, with_held_out

@@ -6,9 +6,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from scaletrain.data import Data, Part
 from scaletrain.errors import InputError
-from scaletrain.order import Given, Indices, Shuffled, seeds_for
-from scaletrain.recipe import Data, Part
+from scaletrain.order import Given, Indices, Shuffled
+from scaletrain.permutation import seeds_for
 
 RANKED = 2_000_000
 """Up to so many examples are ranked within their class; beyond, chance gives each class its share."""

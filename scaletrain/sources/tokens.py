@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from scaletrain.data import Data
 from scaletrain.errors import InputError
-from scaletrain.recipe import Data
 from scaletrain.sources import arrays, builtin
 from scaletrain.sources.files import FORMATS, suffix_of
 from scaletrain.sources.folders import IMAGES
@@ -74,7 +74,7 @@ def load(name: str, length: int, split_seed: int | None, val_share: float) -> Da
 def _tokens(name: str) -> NDArray[np.integer]:
     path = Path(name).expanduser()
     if name == builtin.TEXT:
-        return builtin.library_bytes()
+        return builtin.source_bytes()
     if not path.is_file():
         raise InputError(f"{name}: no such file; tokens come from a text, .bin or .npy file, or from '{builtin.TEXT}'")
     suffix = path.suffix.lower()
