@@ -205,20 +205,33 @@ def test_processes_that_stop_twice_in_an_epoch_read_what_the_oracle_says(process
         assert read == [[oracle(kind, step * BATCH + i) for i in range(BATCH)] for step in range(STEPS)], kind
 
 
-@pytest.mark.parametrize("order", ["Weighted(range(1, 102), seed=5)", "Given(range(100, -1, -2))", "Sequential(101)"])
-def test_any_order_goes_on_on_another_number_of_processes_with_the_same_examples(order, tmp_path):
-    path = script(tmp_path, f"main(replace(tiny.recipe, data=lambda cfg: Data(tiny.table(), order={order})))")
-    argv = ["--double", "--log-every", "1", "--batch-size", "12"]
-    for name, launchers in (("whole", [(sys.executable,)]), ("chain", [TORCHRUN, (sys.executable,), TORCHRUN])):
-        for last, launcher in zip((18,) if name == "whole" else (5, 11, 18), launchers, strict=True):
-            done = launch(*launcher, path, *argv, "--max-steps", last, "--out", tmp_path / name)
-            assert done.returncode == 0, done.stderr
-    whole, chain = (
-        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("whole", "chain")
-    )
-    assert [line["step"] for line in chain] == [line["step"] for line in whole] == list(range(1, 19))
-    assert [line["loss"] for line in chain] == pytest.approx([line["loss"] for line in whole], rel=1e-9)
+OTHER_ORDERS = ("Weighted(range(1, 102), seed=5)", "Given(range(100, -1, -2))", "Sequential(101)")
+ONE_AFTER_ANOTHER = """
+for k, order in enumerate(({})):
+    recipe = replace(tiny.recipe, data=lambda cfg, order=order: Data(tiny.table(), order=order))
+    options = ["--double", "--log-every", "1", "--batch-size", "12", "--max-steps", sys.argv[2]]
+    main(recipe, [*options, "--out", f"{{sys.argv[1]}}/{{k}}"])
+"""
+
+
+def test_any_order_goes_on_on_another_number_of_processes_with_the_same_examples(tmp_path):
+    path = script(tmp_path, ONE_AFTER_ANOTHER.format(", ".join(OTHER_ORDERS)))
+    alone, together = (sys.executable,), TORCHRUN
+    for name, last, launcher in (
+        ("whole", 18, alone),
+        ("chain", 5, together),
+        ("chain", 11, alone),
+        ("chain", 18, together),
+    ):
+        done = launch(*launcher, path, tmp_path / name, last)
+        assert done.returncode == 0, done.stderr
+    for k in range(len(OTHER_ORDERS)):
+        whole, chain = (
+            [json.loads(line) for line in (tmp_path / name / str(k) / "metrics.jsonl").read_text().splitlines()]
+            for name in ("whole", "chain")
+        )
+        assert [line["step"] for line in chain] == [line["step"] for line in whole] == list(range(1, 19))
+        assert [line["loss"] for line in chain] == pytest.approx([line["loss"] for line in whole], rel=1e-9)
 
 
 # L2: workers that die and hang

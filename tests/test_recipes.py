@@ -23,12 +23,9 @@ def test_the_mlp_reaches_what_it_expects(seed):
     assert unmet(mlp.recipe.expect, main(mlp.recipe, ["--seed", str(seed)]).metrics) == []
 
 
-def test_the_cnn_reaches_what_it_expects():
-    assert unmet(cnn.recipe.expect, main(cnn.recipe, []).metrics) == []
-
-
-def test_sam_learns_at_a_smaller_size_than_make_check_holds_it_to():
-    result = main(cnn_sam.recipe, ["--epochs", "8", "--width", "16", "--threads", "1"], step=cnn_sam.sam_step)
+@pytest.mark.parametrize(("recipe", "more"), [(cnn.recipe, {}), (cnn_sam.recipe, {"step": cnn_sam.sam_step})])
+def test_the_cnn_learns_at_a_smaller_size_than_make_check_holds_it_to(recipe, more):
+    result = main(recipe, ["--epochs", "8", "--width", "16", "--threads", "1"], **more)
     assert unmet({"val_accuracy": ">=0.93"}, result.metrics) == []
 
 
