@@ -9,10 +9,10 @@ a second on 2 CPU cores).
 
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from recipes.models import Standardize
 from scaletrain import Config, Data, Recipe, load, main, warmup_cosine
 
 
@@ -28,19 +28,6 @@ class MLPConfig(Config):
 
 def load_data(cfg: MLPConfig) -> Data:
     return load(cfg.data, split_seed=cfg.split_seed)  # features (N, F) float, label (N,) int
-
-
-class Standardize(nn.Module):
-    """Scale by the training examples alone: nothing leaks from others, and the scale is saved with the weights."""
-
-    def __init__(self, features: Tensor) -> None:
-        super().__init__()
-        std = features.std(0)
-        self.register_buffer("mean", features.mean(0))
-        self.register_buffer("std", torch.where(std == 0, 1, std))  # a pixel that is always empty
-
-    def forward(self, features: Tensor) -> Tensor:
-        return (features - self.mean) / self.std
 
 
 def mlp(n_features: int, n_classes: int, width: int = 64) -> nn.Module:

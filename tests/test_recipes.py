@@ -11,7 +11,7 @@ import torch
 from launching import RECIPES, ROOT
 from test_checkpoints import ends_with
 
-from recipes import cnn, cnn_own_loop, cnn_sam, mlp
+from recipes import cnn, cnn_own_loop, cnn_sam, mlp, models
 from scaletrain import main, start, steps
 from scaletrain.recipe import unmet
 from scaletrain.sources import load
@@ -140,7 +140,7 @@ def test_standardizing_uses_the_training_examples_alone():
     assert torch.allclose(train.std(0), torch.ones(13), atol=1e-5)
     assert val.mean(0).abs().max() > 0.01
     digits = mlp.load_data(mlp.MLPConfig())
-    pixels = mlp.Standardize(digits.train["features"])(digits.val["features"])
+    pixels = models.Standardize(digits.train["features"])(digits.val["features"])
     assert pixels.abs().max() < 100  # a pixel that is always empty in training is not blown up
 
 
