@@ -22,7 +22,7 @@ from scaletrain.checkpoint.saver import Saver
 from scaletrain.checkpoint.strict import dump
 from scaletrain.checkpoint.tensors import Parts
 from scaletrain.checkpoint.verify import open_checkpoint, verify
-from scaletrain.optimizers import hyperparameters, saved_state
+from scaletrain.optimizer_state import hyperparameters, saved_state
 
 MATRICES = 96
 IDLE_SECONDS = 1.5

@@ -21,10 +21,17 @@ if TYPE_CHECKING:
     from scaletrain.loop import train as train
     from scaletrain.loop import train_step as train_step
     from scaletrain.loop import validate as validate
+    from scaletrain.mixing import cutmix as cutmix
+    from scaletrain.mixing import mixup as mixup
+    from scaletrain.optimizers import adam as adam
+    from scaletrain.optimizers import adamw as adamw
+    from scaletrain.optimizers import muon as muon
     from scaletrain.optimizers import parameter_groups as parameter_groups
+    from scaletrain.optimizers import sgd as sgd
     from scaletrain.order import Given as Given
     from scaletrain.order import Sequential as Sequential
     from scaletrain.order import Weighted as Weighted
+    from scaletrain.plateau import Plateau as Plateau
     from scaletrain.predict import predict as predict
     from scaletrain.recipe import Recipe as Recipe
     from scaletrain.run import Result as Result
@@ -34,6 +41,7 @@ if TYPE_CHECKING:
     from scaletrain.schedules import cosine as cosine
     from scaletrain.schedules import one_cycle as one_cycle
     from scaletrain.schedules import step_decay as step_decay
+    from scaletrain.schedules import torch_schedule as torch_schedule
     from scaletrain.schedules import warmup_cosine as warmup_cosine
     from scaletrain.schedules import warmup_stable_decay as warmup_stable_decay
     from scaletrain.sources import load as load
@@ -45,12 +53,22 @@ _HOME = {
     "errors": ("CheckpointError", "InputError"),
     "loop": ("forward_backward", "steps", "train", "train_step", "validate"),
     "entry": ("main",),
-    "optimizers": ("parameter_groups",),
+    "mixing": ("cutmix", "mixup"),
+    "optimizers": ("adam", "adamw", "muon", "parameter_groups", "sgd"),
     "order": ("Given", "Sequential", "Weighted"),
+    "plateau": ("Plateau",),
     "predict": ("predict",),
     "recipe": ("Recipe",),
     "run": ("Result", "Run", "StepInfo"),
-    "schedules": ("constant", "cosine", "one_cycle", "step_decay", "warmup_cosine", "warmup_stable_decay"),
+    "schedules": (
+        "constant",
+        "cosine",
+        "one_cycle",
+        "step_decay",
+        "torch_schedule",
+        "warmup_cosine",
+        "warmup_stable_decay",
+    ),
     "sources": ("load",),
     "build": ("start",),
 }

@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from scaletrain.agreement import gather_texts, together
 from scaletrain.batches import length
+from scaletrain.blocks import recompute_blocks
 from scaletrain.config import Config
 from scaletrain.content import fingerprint
 from scaletrain.data import Data
@@ -21,7 +22,7 @@ from scaletrain.hooks import all_hooks
 from scaletrain.loop import forward_backward, train_step
 from scaletrain.metrics import Objects, Sums
 from scaletrain.opening import open_folder
-from scaletrain.optimizers import parameter_names
+from scaletrain.optimizer_state import parameter_names
 from scaletrain.recipe import Recipe
 from scaletrain.run import Run, Step
 from scaletrain.run.resume import identity
@@ -112,6 +113,8 @@ def build_model(recipe: Recipe, cfg: Config, data: Data, devices: Devices) -> tu
             raise InputError(f"the model's state '{name}' is a {type(value).__name__}; only tensors can be saved")
     if not module.training:
         module.train()
+    if cfg.activation_checkpointing:
+        recompute_blocks(module)
     if cfg.compile:
         module.compile()
     accelerator = devices.accelerator

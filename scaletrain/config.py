@@ -15,7 +15,7 @@ from scaletrain.errors import InputError
 
 NOT_LEARNED_FROM = (
     "out", "resume", "checkpoint_every", "checkpoint_minutes", "keep_last", "keep_every",
-    "threads", "workers", "track", "log_every", "compile",
+    "threads", "workers", "track", "log_every", "compile", "activation_checkpointing",
 )  # fmt: skip
 """Options that say where and how a run works, not what is learned."""
 
@@ -38,6 +38,10 @@ class Config:
     """Most examples per forward pass on a device, in validation twice that; for memory only. Default: the share."""
     max_grad_norm: float | None = None
     """Scale the gradient down to this global L2 norm when it is longer."""
+    max_grad_value: float | None = None
+    """Cut each element of the gradient off at plus and minus this."""
+    ema: float | None = None
+    """Decay per step of a moving average of the weights, as 0.999; it is validated and exported in their place."""
     warmup: float = 0.05
     """Share of all steps over which a warmup schedule raises the rate from near 0."""
     seed: int = 0
@@ -48,6 +52,8 @@ class Config:
     """Number format of the forward pass. auto: bf16 or fp16 on CUDA GPUs, fp32 elsewhere."""
     compile: bool = False
     """Compile the model with torch.compile."""
+    activation_checkpointing: bool = False
+    """Compute the blocks of the model (its nn.ModuleList) again in the backward pass instead of keeping them."""
     threads: int | None = None
     """CPU threads per process. Default: the cores shared among the processes of this machine."""
     workers: int | None = None
@@ -80,7 +86,7 @@ class Config:
 
     def check(self) -> None:
         """Raise InputError for a value that cannot work. A recipe's own config may extend it."""
-        for name in ("lr", "epochs", "max_grad_norm", "checkpoint_minutes"):
+        for name in ("lr", "epochs", "max_grad_norm", "max_grad_value", "checkpoint_minutes"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise InputError(f"--{_dashed(name)} is {value}; it must be a finite number above 0")
@@ -106,6 +112,10 @@ class Config:
         for name, hint in typing.get_type_hints(type(self)).items():
             if typing.get_origin(hint) is Literal and getattr(self, name) not in typing.get_args(hint):
                 raise InputError(f"--{_dashed(name)} {getattr(self, name)}: expected {_allowed(type(self), name)}")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise InputError(f"--ema is {self.ema}; it is a decay between 0 and 1, as 0.999")
+        if self.max_grad_norm is not None and self.max_grad_value is not None:
+            raise InputError("--max-grad-norm and --max-grad-value both clip the gradient; choose one")
         if not 0 <= self.warmup <= 1:
             raise InputError(f"--warmup is {self.warmup}; it is a share of all steps, from 0 to 1")
         if not self.monitored_metric:

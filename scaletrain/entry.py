@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -26,6 +27,7 @@ from scaletrain.errors import (
 )
 from scaletrain.folder import record_exit, short
 from scaletrain.loop import train
+from scaletrain.misfit import BROADCASTS, explain
 from scaletrain.recipe import Recipe
 from scaletrain.run import Result, Run, Step
 from scaletrain.signals import noting
@@ -48,7 +50,8 @@ def main(
     what is a bug.
     """
     run: Run | None = None
-    with noting(alone="LOCAL_RANK" not in os.environ) as signals:
+    with noting(alone="LOCAL_RANK" not in os.environ) as signals, warnings.catch_warnings():
+        warnings.filterwarnings("error", BROADCASTS)  # what is learned then is not what was meant
         try:
             cfg = parse(recipe.config, argv, description=_about(recipe))
             run = start(recipe, cfg, source=_script() if argv is None else None, step=step, signals=signals)
@@ -76,6 +79,8 @@ def main(
         except BaseException as error:
             if run is not None and _is_about_others(error):
                 _end_alone(run, error)
+            if line := explain(error):
+                _end(run, INPUT, f"error: {line}")
             _record(run, FAILED, f"{type(error).__name__}: {error}")
             raise
 

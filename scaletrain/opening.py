@@ -31,6 +31,7 @@ from scaletrain.folder import (
     short,
     write_json,
 )
+from scaletrain.optimizers import describe
 from scaletrain.readers import ColumnReader
 from scaletrain.run import Run
 from scaletrain.run.restore import asked_to_stop, restore, state_of
@@ -172,6 +173,7 @@ def introduction(run: Run, name: str) -> list[str]:
     """Say what is trained, on what, and for how long."""
     cfg, devices, module = run.cfg, run.devices, run.module
     parameters = sum(p.numel() for p in module.parameters())
+    frozen = sum(p.numel() for p in module.parameters() if not p.requires_grad)
     model = str(module)
     shown = model if model.count("\n") < MODEL_LINES else type(module).__name__
     share = -(-cfg.batch_size // devices.world_size)
@@ -182,7 +184,8 @@ def introduction(run: Run, name: str) -> list[str]:
     held_out = "".join(f", {split} {part.reader.n:,}" for split, part in run.held_out.items())
     return [
         f"{name}: {shown}",
-        f"{parameters:,} parameters",
+        f"{parameters:,} parameters" + (f", {frozen:,} of them frozen" if frozen else ""),
+        describe(run.optimizer),
         f"{processes} on {devices.device.type}, {devices.precision}, {threads}, global batch {cfg.batch_size} = "
         f"{devices.world_size} x {exact}{-(-share // count)} x {count} (processes x micro-batch x count)",
         f"train {run.examples:,} examples{held_out}; {run.total_steps:,} steps",

@@ -1,38 +1,153 @@
-"""The default optimizer: AdamW without decay where decay hurts, fused where the device has it."""
+"""The optimizers of the tutorial: torch's own, without decay where decay hurts, fused where the device has it."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from math import inf, isfinite
 from typing import Any
 
-import torch
 from torch import Tensor, nn, optim
+from torch.nn.modules.batchnorm import _NormBase
 
 from scaletrain.config import Config
-from scaletrain.errors import CheckpointError, InputError
+from scaletrain.errors import InputError
 
 FUSED_ON = ("cpu", "cuda")
 """Devices whose fused optimizers are known to be right: on MPS they ignored ``found_inf`` (pytorch #186360)."""
-SAVED = "only tensors and finite numbers are saved"
+UNDECAYED = (nn.Embedding, nn.EmbeddingBag, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
+"""Layers none of whose parameters decay."""
+Groups = list[dict[str, Any]]
+LrFactors = Mapping[str, float] | None
 
 
-def adamw(model: nn.Module, cfg: Config) -> optim.Optimizer:
+def adamw(
+    model: nn.Module, cfg: Config, *, betas: tuple[float, float] = (0.9, 0.999), lr_factors: LrFactors = None
+) -> optim.Optimizer:
     """Return AdamW over ``parameter_groups`` with the config's lr and weight decay."""
-    device_type = next(model.parameters()).device.type
-    groups = parameter_groups(model, cfg.weight_decay)
-    return optim.AdamW(groups, lr=cfg.lr, weight_decay=cfg.weight_decay, fused=device_type in FUSED_ON)
+    groups = parameter_groups(model, cfg.weight_decay, lr=cfg.lr, lr_factors=lr_factors)
+    return optim.AdamW(groups, lr=cfg.lr, betas=betas, weight_decay=cfg.weight_decay, fused=_has_fused(groups))
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Split the trainable parameters: matrices and larger decay, vectors (biases, norms) do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    decayed = [p for p in parameters if p.ndim >= 2]
-    kept = [p for p in parameters if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+def adam(
+    model: nn.Module, cfg: Config, *, betas: tuple[float, float] = (0.9, 0.999), lr_factors: LrFactors = None
+) -> optim.Optimizer:
+    """Return Adam over ``parameter_groups``; its weight decay is part of the gradient, as an L2 penalty's."""
+    groups = parameter_groups(model, cfg.weight_decay, lr=cfg.lr, lr_factors=lr_factors)
+    return optim.Adam(groups, lr=cfg.lr, betas=betas, weight_decay=cfg.weight_decay, fused=_has_fused(groups))
 
 
-def set_factors(optimizer: optim.Optimizer, base: list[dict[str, float]], factors: float | dict[str, float]) -> None:
-    """Multiply each group's own rate and momentum (``base_values``) by ``factors``.
+def sgd(
+    model: nn.Module, cfg: Config, *, momentum: float = 0.9, nesterov: bool = False, lr_factors: LrFactors = None
+) -> optim.Optimizer:
+    """Return SGD over ``parameter_groups`` with the config's lr and weight decay."""
+    groups = parameter_groups(model, cfg.weight_decay, lr=cfg.lr, lr_factors=lr_factors)
+    sharded = any(hasattr(p, "to_local") for group in groups for p in group["params"])  # no fused kernel for those
+    return optim.SGD(
+        groups,
+        lr=cfg.lr,
+        momentum=momentum,
+        nesterov=nesterov,
+        weight_decay=cfg.weight_decay,
+        fused=_has_fused(groups) and not sharded,
+    )
+
+
+def muon(model: nn.Module, cfg: Config, *, momentum: float = 0.95, lr_factors: LrFactors = None) -> optim.Optimizer:
+    """Return Muon for the matrices of hidden layers and AdamW for everything else.
+
+    The rest are embeddings, biases, norms, convolutions (torch's Muon takes matrices alone) and the last Linear layer.
+    Muon's update is scaled to the size of AdamW's ("Muon is Scalable for LLM Training", 2025), so both take the
+    config's lr and weight decay. It is computed in bfloat16: how a batch is divided shows in the third digit of an
+    update. Raises InputError for a model without such matrices.
+    """
+    linear = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
+    embedded = [module.weight for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
+    kept = {id(weight) for weight in (*embedded, *linear[-1:])}
+    groups = parameter_groups(model, cfg.weight_decay, lr=cfg.lr, lr_factors=lr_factors)
+    parts: tuple[Groups, Groups] = ([], [])
+    for group in groups:
+        for part, is_hidden in zip(parts, (True, False), strict=True):
+            parameters = [p for p in group["params"] if (p.ndim == 2 and id(p) not in kept) == is_hidden]
+            part.extend([{**group, "params": parameters}] if parameters else [])
+    hidden, rest = parts
+    if not hidden:
+        raise InputError(
+            f"muon: {type(model).__name__} has no matrix that is trained but embeddings and its last Linear layer; "
+            "use adamw"
+        )
+    options: dict[str, Any] = {"lr": cfg.lr, "weight_decay": cfg.weight_decay}
+    first = optim.Muon(hidden, momentum=momentum, adjust_lr_fn="match_rms_adamw", **options)
+    return _Both(first, optim.AdamW(rest, fused=_has_fused(rest), **options)) if rest else first
+
+
+class _Both(optim.Optimizer):
+    """Two optimizers as one: their groups and their state, in one place."""
+
+    def __init__(self, first: optim.Optimizer, second: optim.Optimizer) -> None:
+        self.parts = (first, second)
+        super().__init__([*first.param_groups, *second.param_groups], {})  # the very dicts: what is set here counts
+        first.state = second.state = self.state
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closure is called, no loss returned
+        for part in self.parts:
+            part.step()
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, *, lr: float | None = None, lr_factors: LrFactors = None
+) -> Groups:
+    """Split the trainable parameters: weights decay; biases, norms and embeddings do not.
+
+    ``lr_factors`` multiplies ``lr`` for the parameters below a module, as in ``{"features": 0.1}``; the longest
+    name that fits counts. Raises InputError for one that fits none.
+    """
+    factors = dict(lr_factors or {})
+    if lr_factors and lr is None:
+        raise InputError("parameter_groups: lr_factors multiplies lr; give lr too")
+    undecayed = {
+        id(p) for module in model.modules() if isinstance(module, UNDECAYED) for p in module.parameters(recurse=False)
+    }
+    kinds = [(name, decays) for name in ("", *factors) for decays in (True, False)]
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {kind: [] for kind in kinds}
+    used = set()
+    for name, parameter in model.named_parameters():
+        fits = [known for known in factors if f"{name}.".startswith(f"{known}.")]
+        used.update(fits)
+        if parameter.requires_grad:
+            decays = parameter.ndim >= 2 and id(parameter) not in undecayed
+            groups[max(fits, key=len, default=""), decays].append(parameter)
+    for name, factor in factors.items():
+        if not (isfinite(factor) and factor > 0):
+            raise InputError(f"lr_factors has {factor} for '{name}'; it must be a finite number above 0")
+        if name not in used:
+            there = ", ".join(child for child, _ in model.named_children())
+            raise InputError(f"lr_factors: no parameter's name begins with '{name}'; the model's parts are {there}")
+    found = []
+    for (name, decays), parameters in groups.items():
+        group: dict[str, Any] = {"params": parameters, "weight_decay": weight_decay if decays else 0.0}
+        if lr_factors and lr is not None:
+            group["lr"] = lr * factors.get(name, 1.0)
+        found.extend([group] if parameters else [])
+    return found
+
+
+def describe(optimizer: optim.Optimizer) -> str:
+    """Say which parameters learn at which rate with which weight decay."""
+    rates: dict[float, dict[float, int]] = {}
+    for group in optimizer.param_groups:
+        decays = rates.setdefault(float(group["lr"]), {})
+        decay = float(group.get("weight_decay", 0.0))
+        decays[decay] = decays.get(decay, 0) + sum(p.numel() for p in group["params"])
+    names = [type(part).__name__ for part in getattr(optimizer, "parts", (optimizer,))]
+    lines = [
+        f"lr {rate:g}, weight decay {' and '.join(f'{decay:g} on {n:,}' for decay, n in decays.items())} parameters"
+        for rate, decays in rates.items()
+    ]
+    return f"{' and '.join(names)}: {'; '.join(lines)}"
+
+
+def set_factors(
+    optimizer: optim.Optimizer, base: list[dict[str, float]], factors: float | dict[str, float], scale: float = 1.0
+) -> None:
+    """Multiply each group's own rate and momentum (``base_values``) by ``factors``, and the rate by ``scale``.
 
     Raises InputError for a factor that is not a finite number >= 0, or of something else.
     """
@@ -40,7 +155,7 @@ def set_factors(optimizer: optim.Optimizer, base: list[dict[str, float]], factor
     if not 0 <= lr < inf or (isinstance(factors, dict) and not factors.keys() <= {"lr", "momentum"}):
         raise InputError(f"schedule returned {factors}; return a finite factor >= 0, or a dict of lr and momentum")
     for group, own in zip(optimizer.param_groups, base, strict=True):
-        group["lr"] = own["lr"] * lr
+        group["lr"] = own["lr"] * lr * scale
     if isinstance(factors, dict) and "momentum" in factors:
         for group, own in zip(optimizer.param_groups, base, strict=True):
             if "betas" in group:
@@ -62,114 +177,7 @@ def base_values(optimizer: optim.Optimizer) -> list[dict[str, float]]:
     return values
 
 
-def parameter_names(module: nn.Module, optimizer: optim.Optimizer) -> dict[nn.Parameter, str]:
-    """Return the name of each of the optimizer's parameters in ``module``.
-
-    Raises InputError for one that is not the module's: it could not be saved.
-    """
-    known = {parameter: name for name, parameter in module.named_parameters()}
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    strangers = [tuple(p.shape) for p in parameters if p not in known]
-    if strangers:
-        raise InputError(
-            f"the optimizer has {len(strangers)} parameters that are not the model's, as one of shape {strangers[0]}; "
-            "make them part of the model"
-        )
-    return {parameter: known[parameter] for parameter in parameters}
-
-
-def hyperparameters(optimizer: optim.Optimizer) -> list[dict[str, Any]]:
-    """Return each group's values but those that are set anew in each step."""
-    set_anew = {"params", "lr", "initial_lr", "betas", "momentum"}
-    return [{k: v for k, v in group.items() if k not in set_anew} for group in optimizer.param_groups]
-
-
-def saved_state(
-    module: nn.Module, optimizer: optim.Optimizer, built: list[dict[str, Any]]
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the optimizer's state as tensors named ``parameter|key``, and what of it is no tensor.
-
-    ``built`` are the hyperparameters it began with: an optimizer that adapts them keeps the adapted ones.
-    """
-    tensors: dict[str, Tensor] = {}
-    values: dict[str, dict[str, Any]] = {}
-    for parameter, name in parameter_names(module, optimizer).items():
-        state = optimizer.state.get(parameter, {})
-        values[name] = {}
-        for key, value in state.items():
-            if isinstance(value, Tensor):
-                tensors[f"{name}|{key}"] = value
-                values[name][key] = "tensor"
-            elif _is_plain(value):
-                values[name][key] = value
-            else:
-                raise CheckpointError("state", f"the optimizer's {name}.{key} is {value!a:.80}; {SAVED}")
-    adapted = [
-        {k: v for k, v in now.items() if v is not was.get(k) and v != was.get(k)}
-        for now, was in zip(hyperparameters(optimizer), built, strict=True)
-    ]
-    for key, value in [item for group in adapted for item in group.items()]:
-        if not all(map(_is_plain, value if isinstance(value, list | tuple) else [value])):
-            raise CheckpointError("state", f"the optimizer's {key} has become {value!a:.80}; {SAVED}")
-    return tensors, {"state": values, "adapted": adapted}
-
-
-def _is_plain(value: Any) -> bool:
-    return value is None or isinstance(value, bool | int) or (isinstance(value, float) and isfinite(value))
-
-
-def restore_state(
-    module: nn.Module, optimizer: optim.Optimizer, saved: Mapping[str, Any], read: Callable[[dict[str, Tensor]], None]
-) -> None:
-    """Put back what ``saved_state`` returned; ``read`` fills tensors by name.
-
-    What is expected comes from the optimizer itself: a step with gradients of zero at rate zero shows what it
-    keeps. The weights may lose the sign of a zero in it, so they are restored after.
-    """
-    names = parameter_names(module, optimizer)
-    values = saved["state"]
-    if values.keys() != set(names.values()):
-        raise CheckpointError("optimizer", "optimizer: it trained other parameters than this run's")
-    if any(values.values()) and not all(p in optimizer.state for p in names):
-        make_state(module, optimizer)
-    for parameter, name in names.items():
-        own = optimizer.state.get(parameter, {})
-        kinds = {key: isinstance(value, Tensor) for key, value in own.items()}
-        before = {k: v == "tensor" or (v is None and k == "momentum_buffer") for k, v in values[name].items()}
-        if not values[name]:
-            optimizer.state.pop(parameter, None)
-        elif before != kinds:
-            raise CheckpointError(
-                "optimizer", f"optimizer: it kept {sorted(values[name])} of '{name}', this run's keeps {sorted(kinds)}"
-            )
-        else:
-            own.update({key: value for key, value in values[name].items() if value != "tensor"})
-    read(saved_tensors(names, optimizer))
-    for group, adapted in zip(optimizer.param_groups, saved["adapted"], strict=True):
-        group.update({key: value for key, value in adapted.items() if key in group})
-
-
-def saved_tensors(names: Mapping[nn.Parameter, str], optimizer: optim.Optimizer) -> dict[str, Tensor]:
-    """Return the state's tensors by ``parameter|key``."""
-    return {
-        f"{name}|{key}": value
-        for parameter, name in names.items()
-        for key, value in optimizer.state.get(parameter, {}).items()
-        if isinstance(value, Tensor)
-    }
-
-
-def make_state(module: nn.Module, optimizer: optim.Optimizer) -> None:
-    """Let the optimizer make its state without moving the weights: gradients of zero, rate zero."""
-    sparse = {part.weight for part in module.modules() if getattr(part, "sparse", False)}
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for group in optimizer.param_groups:
-        group["lr"] = torch.zeros_like(group["lr"]) if isinstance(group["lr"], Tensor) else 0.0
-        for parameter in group["params"]:
-            zero = torch.zeros_like(parameter)
-            parameter.grad = zero.to_sparse(1) if parameter in sparse else zero
-    optimizer.step()
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-        for parameter in group["params"]:
-            parameter.grad = None
+def _has_fused(groups: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the device of the parameters has fused optimizers."""
+    parameters: list[Tensor] = [p for group in groups for p in group["params"]]
+    return parameters[0].device.type in FUSED_ON

@@ -5,11 +5,17 @@ numbered ``step`` (0 is the first), or ``{"lr": factor, "momentum": factor}``. I
 resumed run needs none. Give other constants with ``functools.partial(step_decay, gamma=0.5)``.
 """
 
+import warnings
 from collections.abc import Callable
 from math import ceil, cos, pi
 from typing import TYPE_CHECKING, Any
 
+from scaletrain.errors import InputError
+
 if TYPE_CHECKING:
+    from torch.optim import Optimizer
+    from torch.optim.lr_scheduler import LRScheduler
+
     from scaletrain.config import Config
 
 Factors = float | dict[str, float]
@@ -67,6 +73,48 @@ def one_cycle(
         return {"lr": _anneal(start, 1.0, part), "momentum": _anneal(1.0, low_momentum, part)}
     part = (step - peak) / (total_steps - 1 - peak)
     return {"lr": _anneal(1.0, final, part), "momentum": _anneal(low_momentum, 1.0, part)}
+
+
+def torch_schedule(make: "Callable[[Optimizer, int, Any], LRScheduler]") -> Schedule:
+    """Turn one of torch's schedulers into a schedule; ``make(optimizer, total_steps, cfg)`` returns it.
+
+    As in ``torch_schedule(lambda optimizer, total_steps, cfg: PolynomialLR(optimizer, total_steps, power=2))``. It is
+    stepped through the whole run once, on one dummy parameter whose optimizer has the config's lr and momentum 0.9,
+    and what it sets becomes factors of those. Raises InputError for ReduceLROnPlateau, which is no function of the
+    step: ``Plateau`` is the hook.
+    """
+    known: tuple[int, Any, list[Factors]] = (-1, None, [])
+
+    def schedule(step: int, total_steps: int, cfg: Any) -> Factors:
+        nonlocal known
+        if known[0] != total_steps or known[1] is not cfg:
+            known = total_steps, cfg, _table(make, total_steps, cfg)
+        return known[2][step]
+
+    return schedule
+
+
+def _table(make: "Callable[[Optimizer, int, Any], LRScheduler]", total_steps: int, cfg: Any) -> list[Factors]:
+    """Return the factors of each step."""
+    import torch
+    from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+    momentum = 0.9
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=cfg.lr, momentum=momentum)
+    scheduler: Any = make(optimizer, total_steps, cfg)
+    if isinstance(scheduler, ReduceLROnPlateau) or not isinstance(scheduler, LRScheduler):
+        raise InputError(
+            f"torch_schedule got a {type(scheduler).__name__}; return one of torch.optim.lr_scheduler whose rate "
+            "depends on the step alone (for a plateau: hooks=lambda cfg: [Plateau()])"
+        )
+    group, table = optimizer.param_groups[0], list[Factors]()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # some schedulers step others in a way that they warn of
+        for _ in range(total_steps):
+            table.append({"lr": float(group["lr"]) / cfg.lr, "momentum": group["momentum"] / momentum})
+            optimizer.step()
+            scheduler.step()
+    return table
 
 
 def warmup_steps(total_steps: int, cfg: "Config") -> int:

@@ -27,6 +27,8 @@ class State:
     """Validations since ``best``, compared with the patience."""
     best_metrics: dict[str, float] = field(default_factory=dict)
     """All validation metrics measured together with ``best``."""
+    lr_factor: float = 1.0
+    """What the schedule's rate is multiplied by: below 1 after a plateau."""
     tested_step: int = -1
     """Step of the last test; -1 before the first."""
     stop_reason: str = ""

@@ -24,7 +24,7 @@ from scaletrain.agreement import Wishes
 from scaletrain.checkpoint.export import named_tensors
 from scaletrain.checkpoint.files import Files
 from scaletrain.checkpoint.tensors import is_sharded, local_part
-from scaletrain.optimizers import saved_state
+from scaletrain.optimizer_state import saved_state
 
 SCHEDULES = {f.__name__: f for f in (constant, cosine, one_cycle, step_decay, warmup_cosine)}
 OPTIMIZERS = {
@@ -181,6 +181,8 @@ def digest(run):
         for value in state.values():
             value = value if isinstance(value, torch.Tensor) else torch.tensor(value)
             found.update(local_part(value).contiguous().numpy().tobytes())
+    for tensor in run.ema.tensors.values() if run.ema else ():
+        found.update(local_part(tensor).contiguous().numpy().tobytes())
     for hook in run.hooks:
         if isinstance(hook, Average):
             found.update(hook.average.numpy().tobytes() + str((hook.count, hook.notes)).encode())

@@ -152,6 +152,7 @@ def test_every_counter_is_saved_and_comes_back(tmp_path):
     run = start(tiny.recipe, tiny.TinyConfig(out=str(tmp_path), max_steps=9))
     train(run)
     values = {"step": 9, "samples_seen": 333, "best": 0.125, "best_step": 3, "best_metrics": {"val_x": float("nan")}}
+    values["lr_factor"] = 0.25
     for i, field in enumerate(fields(State)):
         value = values.get(field.name, "why" if field.type == "str" or field.type is str else i % 9)
         setattr(run.state, field.name, value)

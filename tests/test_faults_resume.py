@@ -18,7 +18,7 @@ from scaletrain.checkpoint.format import STATE
 from scaletrain.checkpoint.load import load_new
 from scaletrain.checkpoint.tensors import is_sharded
 from scaletrain.checkpoint.verify import newest_whole, open_checkpoint
-from scaletrain.optimizers import saved_state
+from scaletrain.optimizer_state import saved_state
 
 STEPS = 8
 CASES = list(itertools.product((1, 3), noisy.OPTIMIZERS, noisy.SCHEDULES))
@@ -45,6 +45,7 @@ def run_to_the_end(recipe, cfg):
     run = start(replace(recipe, hooks=lambda cfg: own), cfg)
     train(run)
     run.finish()
+    barrier()  # rank 0 has closed its files
     return bits, run
 
 

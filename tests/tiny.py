@@ -87,6 +87,8 @@ def plain_loop(recipe, cfg, steps):
         step_loss.backward()
         if cfg.max_grad_norm is not None:
             nn.utils.clip_grad_norm_(net.parameters(), cfg.max_grad_norm)
+        if cfg.max_grad_value is not None:
+            nn.utils.clip_grad_value_(net.parameters(), cfg.max_grad_value)
         opt.step()
         losses.append(step_loss.item())
     return net, losses

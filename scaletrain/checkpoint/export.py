@@ -6,6 +6,7 @@ import os
 import secrets
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +15,41 @@ from torch import Tensor, nn
 
 from scaletrain.checkpoint.files import Files, put_in_place
 from scaletrain.checkpoint.format import make_header, read_header, read_metadata
-from scaletrain.checkpoint.load import check_bools, load, load_new
+from scaletrain.checkpoint.load import check_bools, load, load_new, whole_shapes
 from scaletrain.checkpoint.reading import folder_descriptor, regular_file
 from scaletrain.checkpoint.strict import parse_json
 from scaletrain.checkpoint.tensors import bytes_of, write_file
 from scaletrain.checkpoint.verify import Checkpoint, open_whole
-from scaletrain.errors import CheckpointError
+from scaletrain.errors import CheckpointError, InputError
 
 WEIGHTS = "model.safetensors"
 
 
-def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
+def load_weights(model: nn.Module, path: str | Path, *, skip: Sequence[str] = ()) -> nn.Module:
     """Fill ``model`` with trained weights, and return it.
 
     ``path`` is a ``model.safetensors``, a run's folder (its exported weights, else its newest checkpoint) or a
-    checkpoint. Raises CheckpointError unless names, shapes and dtypes are the model's, and for a checkpoint that
-    is not whole; nothing from the file is executed.
+    checkpoint. What lies below a module named in ``skip``, as a new ``"head"``, stays as it is, whatever the file
+    has there. Raises InputError where ``skip`` names nothing of the model, CheckpointError unless all other names,
+    shapes and dtypes are the model's, and for a checkpoint that is not whole; nothing from the file is executed.
     """
     path = Path(path)
-    tensors = named_tensors(model)
+    own = named_tensors(model)
+    for name in skip:
+        if not any(_is_below(known, [name]) for known in own):
+            raise InputError(f"skip: the model has nothing called '{name}'; it has {', '.join(own)}")
+    tensors = {name: tensor for name, tensor in own.items() if not _is_below(name, skip)}
     if os.path.lexists(path / WEIGHTS):  # a link in a folder is not followed, unlike one that the caller names
         path = path / WEIGHTS
     elif path.is_dir():
         checkpoint, skipped = open_whole(path)
         for why in skipped:
             warnings.warn(f"skipped a newer checkpoint: {why}", stacklevel=2)
-        load(checkpoint, "model", tensors)
+        kept = {
+            file: {name: piece for name, piece in pieces.items() if not _is_below(name, skip)}
+            for file, pieces in checkpoint.pieces.items()
+        }
+        load_trained(replace(checkpoint, pieces=kept), tensors)
         return model
     else:
         path = Path(os.path.realpath(path))
@@ -48,7 +58,7 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     with folder_descriptor(path.parent.resolve()) as folder, regular_file(folder, path.name, str(path)) as (file, size):
         pieces = read_header(file, size, str(path))
     check_bools(path.parent.resolve(), {path.name: pieces})
-    found = {name: (piece.shape, piece.dtype) for name, piece in pieces.items()}
+    found = {name: (piece.shape, piece.dtype) for name, piece in pieces.items() if not _is_below(name, skip)}
     wanted = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     for name in wanted.keys() | found.keys():
         if wanted.get(name) != found.get(name):
@@ -63,9 +73,21 @@ def load_weights(model: nn.Module, path: str | Path) -> nn.Module:
     return model
 
 
+def load_trained(checkpoint: Checkpoint, tensors: Mapping[str, Tensor]) -> None:
+    """Fill ``tensors`` with the weights that were evaluated: the moving average, where there is one."""
+    load(checkpoint, "model", tensors)
+    averaged = whole_shapes(checkpoint, "ema")
+    load(checkpoint, "ema", {name: tensors[name] for name in averaged if name in tensors})
+
+
+def _is_below(name: str, parts: Sequence[str]) -> bool:
+    """Whether a tensor is that of a module in ``parts``, or of one inside it."""
+    return any(f"{name}.".startswith(f"{part}.") for part in parts)
+
+
 def export(checkpoint: Checkpoint, path: Path, dtype: torch.dtype | None = None) -> None:
     """Write the model of a checkpoint as one safetensors file with plain names; floats as ``dtype``, if given."""
-    tensors = load_new(checkpoint, "model")
+    tensors = load_new(checkpoint, "model") | load_new(checkpoint, "ema")
     if dtype is not None:
         tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in tensors.items()}
     save_tensors(path, tensors, _classes(checkpoint.state.get("classes")))

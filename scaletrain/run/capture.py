@@ -13,7 +13,7 @@ from scaletrain.checkpoint.export import named_tensors
 from scaletrain.checkpoint.strict import dump
 from scaletrain.errors import CheckpointError
 from scaletrain.folder import describe_environment, strict
-from scaletrain.optimizers import saved_state
+from scaletrain.optimizer_state import saved_state
 from scaletrain.run.info import StepInfo
 
 if TYPE_CHECKING:
@@ -80,7 +80,8 @@ def captured(run: Run, unfinished: StepInfo | None = None) -> tuple[dict[str, di
         "total_steps": run.total_steps,
         "environment": describe_environment(run.devices),
     }
-    return {"model": named_tensors(run.module), "optimizer": optimizer, "hooks": hooks}, facts
+    averaged = {} if run.ema is None else {"ema": run.ema.tensors}
+    return {"model": named_tensors(run.module), **averaged, "optimizer": optimizer, "hooks": hooks}, facts
 
 
 def _check_alike(shapes: list[dict[str, str]]) -> None:

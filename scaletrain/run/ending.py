@@ -6,9 +6,8 @@ import json
 from typing import TYPE_CHECKING
 
 from scaletrain.agreement import gather_texts
-from scaletrain.checkpoint.export import WEIGHTS, export, named_tensors
+from scaletrain.checkpoint.export import WEIGHTS, export, load_trained, named_tensors
 from scaletrain.checkpoint.format import FOLDER, step_folder
-from scaletrain.checkpoint.load import load
 from scaletrain.checkpoint.verify import open_checkpoint, whole
 from scaletrain.errors import DONE, CheckpointError
 from scaletrain.folder import record_exit, short, write_json
@@ -27,16 +26,26 @@ def take_best(run: Run) -> None:
     state = run.state
     run.result_step = state.step
     if state.best_step in (-1, state.step):
+        _take_average(run)
         return
     path = run.folder / FOLDER / step_folder(state.best_step)
     found = whole(path) if run.devices.is_first else ""
     problem = gather_texts(found if isinstance(found, str) else "", run.devices.control)[0]
     if problem:
         run.tracking.warn(f"the best weights, of step {state.best_step}, cannot be had ({problem}): the last are used")
+        _take_average(run)
         return
-    load(open_checkpoint(path), "model", named_tensors(run.module))
+    load_trained(open_checkpoint(path), named_tensors(run.module))
+    run.ema = None
     run.result_step = state.best_step
     run.metrics.update(state.best_metrics)
+
+
+def _take_average(run: Run) -> None:
+    """Put the moving average of the weights into the model, where there is one, for good."""
+    if run.ema is not None:
+        run.ema.swap()
+        run.ema = None
 
 
 def replaced(run: Run) -> dict[str, str]:

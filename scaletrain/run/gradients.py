@@ -4,9 +4,10 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn, optim
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 
 from scaletrain.checkpoint.tensors import is_sharded, local_part
+from scaletrain.config import Config
 from scaletrain.devices import NOTHING, Devices
 
 
@@ -14,14 +15,15 @@ class Gradients:
     """The gradients of the parameters that ``optimizer`` trains."""
 
     def __init__(
-        self, module: nn.Module, model: nn.Module, optimizer: optim.Optimizer, devices: Devices, max_norm: float | None
+        self, module: nn.Module, model: nn.Module, optimizer: optim.Optimizer, devices: Devices, cfg: Config
     ) -> None:
-        """``model`` is ``module`` as it is wrapped for several processes; ``max_norm`` None clips nothing."""
+        """``model`` is ``module`` as it is wrapped for several processes; ``cfg`` says how to clip."""
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.sharded = any(map(is_sharded, self.parameters))
         self.skipped = torch.zeros((), device=devices.device)
         """Steps skipped that nobody has counted yet."""
-        self._model, self._optimizer, self._devices, self._max_norm = model, optimizer, devices, max_norm
+        self._model, self._optimizer, self._devices = model, optimizer, devices
+        self._max_norm, self._max_value = cfg.max_grad_norm, cfg.max_grad_value
         self.scaler = devices.accelerator.scaler
         sparse = any(getattr(part, "sparse", False) for part in module.modules())
         self._plain = not sparse and all(p.dtype == torch.float32 for p in self.parameters)
@@ -49,9 +51,11 @@ class Gradients:
         (part if self.scaler is None else self.scaler.scale(part)).backward()
 
     def clip(self) -> Tensor | None:
-        """Scale the gradient down to the longest norm allowed; return its norm before, 0-d."""
+        """Cut the gradient down to the longest norm or largest value allowed; return its norm before, 0-d."""
         if self.scaler is not None:
             self.scaler.unscale_(self._optimizer)
+        if self._max_value is not None:
+            clip_grad_value_(self.parameters, self._max_value)
         if self._max_norm is None:
             return None
         return clip_grad_norm_(self.parameters, self._max_norm)

@@ -17,7 +17,7 @@ from scaletrain.checkpoint.load import load, load_new
 from scaletrain.checkpoint.verify import Checkpoint
 from scaletrain.errors import CheckpointError
 from scaletrain.folder import short
-from scaletrain.optimizers import restore_state
+from scaletrain.optimizer_state import restore_state
 from scaletrain.run.capture import TENSOR, number, stateful_hooks
 from scaletrain.run.info import StepInfo
 from scaletrain.state import State
@@ -26,7 +26,7 @@ from scaletrain.streams import checked_state
 if TYPE_CHECKING:
     from scaletrain.run.run import Run
 
-PARTS = ("model", "optimizer", "hooks")
+PARTS = ("model", "ema", "optimizer", "hooks")
 """What the names of a checkpoint's files of tensors begin with."""
 FLOATS = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ANOTHER_MODEL = ("names", "shape", "dtype", "optimizer", "hooks")
@@ -92,6 +92,10 @@ def _restore(run: Run, checkpoint: Checkpoint, facts: dict[str, Any]) -> None:
     _check_optimizer(facts["optimizer"], run.built)
     restore_state(run.module, run.optimizer, facts["optimizer"], lambda tensors: load(checkpoint, "optimizer", tensors))
     load(checkpoint, "model", named_tensors(run.module))
+    if run.ema is not None and checkpoint.part("ema"):
+        load(checkpoint, "ema", run.ema.tensors)
+    elif run.ema is not None:  # it was off
+        run.ema.restart()
     if run.gradients.scaler is not None and facts["scaler"] is not None:  # after the optimizer (accelerate #4289)
         own = run.gradients.scaler.state_dict()
         if facts["scaler"].keys() != own.keys() or not all(_is_like(facts["scaler"][name], own[name]) for name in own):
@@ -190,6 +194,8 @@ def read_state(content: dict[str, Any], step: int) -> State:
     _count(state.validations_without_progress, "validations_without_progress")
     for reached in ("validated_step", "best_step", "tested_step"):
         _count(values[reached], reached, least=-1, most=step)
+    if not 0 <= state.lr_factor <= 1:
+        raise ValueError(f"lr_factor is {state.lr_factor!a}")
     if (state.best is None) != (state.best_step == -1) or not isfinite(state.best or 0):
         raise ValueError(f"best {state.best} at step {state.best_step}")
     return state

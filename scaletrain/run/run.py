@@ -18,11 +18,13 @@ from scaletrain.checkpoint.tensors import local_part
 from scaletrain.config import Config
 from scaletrain.data import Data
 from scaletrain.devices import Devices, seed_generators
+from scaletrain.ema import EMA
 from scaletrain.errors import InputError, Preempted
 from scaletrain.loader import HeldOut, Loader, MicroBatch
 from scaletrain.loss import shares
 from scaletrain.metrics import Objects
-from scaletrain.optimizers import base_values, hyperparameters, set_factors
+from scaletrain.optimizer_state import hyperparameters
+from scaletrain.optimizers import base_values, set_factors
 from scaletrain.permutation import MASK, STRIDE, seed_for
 from scaletrain.recipe import Hook, Metric, Recipe
 from scaletrain.run.capture import captured
@@ -79,10 +81,11 @@ class Run:
     """Time spent in validation so far, which throughput leaves out."""
 
     def __post_init__(self) -> None:
-        self.gradients = Gradients(self.module, self.model, self.optimizer, self.devices, self.cfg.max_grad_norm)
+        self.gradients = Gradients(self.module, self.model, self.optimizer, self.devices, self.cfg)
         self.requests = Requests(self.devices, self.signals, self.cfg.checkpoint_minutes)
         self._seed = seed_for(self.cfg.seed, 3, self.devices.rank)
         self._base = base_values(self.optimizer)
+        self.ema = None if self.cfg.ema is None else EMA(self.module, self.cfg.ema)
         self.losses = torch.zeros((), dtype=self.devices.sums_in, device=self.devices.device)
         """Sum of this process's shares of the loss since ``state.train_loss_from``."""
         self.built = hyperparameters(self.optimizer)
@@ -109,6 +112,8 @@ class Run:
 
     def leave(self, code: int) -> NoReturn:
         """Save this very step and raise Preempted, on all processes. Every rank must reach this line."""
+        if self.ema is not None and self.ema.in_use:  # in a validation
+            self.ema.swap()
         self.save(self.handed_out)
         if self.saver is not None:
             self.saver.wait()
@@ -117,7 +122,8 @@ class Run:
     def prepare_step(self, micro_batches: list[MicroBatch]) -> list[MicroBatch]:
         """Set this step's learning rate, seed the generators by (seed, step, rank), and augment."""
         step = self.state.step
-        set_factors(self.optimizer, self._base, self.recipe.schedule(step, self.total_steps, self.cfg))
+        factors = self.recipe.schedule(step, self.total_steps, self.cfg)
+        set_factors(self.optimizer, self._base, factors, self.state.lr_factor)
         seed_generators(self._seed + step * STRIDE & MASK, self.devices.device)
         if self.recipe.augment is None:
             return micro_batches
@@ -137,6 +143,8 @@ class Run:
         """Move the counters on to after the step that ``info`` describes, and yield it once."""
         self.state.step, self.state.samples_seen = info.step, info.samples_seen
         self.losses = self.losses + info.loss
+        if self.ema is not None:
+            self.ema.update(info.step, info.finite)
         yield from self.unfinished(info)
 
     def unfinished(self, info: StepInfo | None = None) -> Iterator[StepInfo]:
@@ -195,7 +203,7 @@ class Run:
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Put the model into eval mode with rank 0's buffers and without gradients, and back.
+        """Put the model into eval mode with rank 0's buffers, averaged weights and without gradients, and back.
 
         Every rank must reach this line.
         """
@@ -205,12 +213,27 @@ class Run:
         self.module.eval()
         try:
             # what FSDP2 gathers in inference mode it cannot train with
-            with torch.no_grad() if self.gradients.sharded else torch.inference_mode():
+            with self._averaged(), torch.no_grad() if self.gradients.sharded else torch.inference_mode():
                 yield
         finally:
             for module, training in modes:
                 module.training = training
             self.paused_seconds += time.perf_counter() - started
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Give the model the moving average of its weights, where there is one, and back."""
+        if self.ema is None or self.ema.in_use:
+            yield
+            return
+        held = self._due_with == self._weights()
+        self.ema.swap()
+        self._due_with = self._weights() if held else []
+        try:
+            yield
+        finally:
+            if self.ema.in_use:
+                self.ema.swap()
 
     def evaluate(self, batch: Batch) -> dict[str, Metric]:
         """Return the recipe's figures of a batch; without ``evaluate``, its mean loss.

@@ -1,0 +1,38 @@
+"""The repeated blocks of a network, and computing them twice to save memory."""
+
+from functools import partial
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+from scaletrain.errors import InputError
+
+
+def blocks(module: nn.Module) -> list[nn.Module]:
+    """Return the elements of the outermost ``nn.ModuleList``s of ``module``: a Transformer's blocks."""
+    if isinstance(module, nn.ModuleList):
+        return list(module)
+    return [block for child in module.children() for block in blocks(child)]
+
+
+def recompute_blocks(module: nn.Module) -> None:
+    """Let each block keep its inputs alone and be computed again in the backward pass (activation checkpointing).
+
+    The gradients are the same, dropout included; a third more computing, memory for one block's activations instead
+    of all blocks'. Names of parameters stay. Raises InputError for a module without blocks, and for BatchNorm in
+    them, which would count each batch twice.
+    """
+    found, name = blocks(module), type(module).__name__
+    if not found:
+        raise InputError(
+            f"--activation-checkpointing: {name} has no nn.ModuleList; put the layers that repeat into one, "
+            "or leave it out"
+        )
+    if any(isinstance(part, _BatchNorm) for block in found for part in block.modules()):
+        raise InputError(
+            "--activation-checkpointing computes blocks twice, and BatchNorm would count each batch twice; use "
+            "LayerNorm or GroupNorm in the blocks"
+        )
+    for block in found:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False)
