@@ -20,7 +20,7 @@ setup: .venv/.installed ## make .venv with the pinned versions
 .venv/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -m venv .venv || { echo "error: $(PYTHON) cannot make a virtual environment; on Debian: apt install python3-venv" >&2; exit 2; }
 	@echo "installing the pinned versions into .venv (once, some minutes)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[recipes,test,bench]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[recipes,plot,test,bench]'
 	@touch $@
 
 train: .venv/.installed ## train a recipe: make train RECIPE=mlp ARGS="--lr 3e-3"
@@ -39,7 +39,7 @@ test-min: .venv-min/.installed ## run the tests with the oldest versions that py
 
 .venv-min/.installed: pyproject.toml constraints.txt constraints-min.txt
 	@$(PYTHON) -m venv .venv-min
-	@.venv-min/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-min.txt -e '.[recipes,test,bench]'
+	@.venv-min/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-min.txt -e '.[recipes,plot,test,bench]'
 	@touch $@
 
 lint: .venv/.installed ## ruff and mypy --strict

@@ -44,6 +44,15 @@ def start(
     work, before the folder is made; CheckpointError where no checkpoint can be read; Finished where all is done.
     Every process calls it.
     """
+    run = assemble(recipe, cfg, step=step, signals=signals)
+    warm_up(run)
+    source = source or source_of(recipe)
+    open_folder(run, Path(source).stem, source)
+    return run
+
+
+def assemble(recipe: Recipe, cfg: Config, *, step: Step | None = None, signals: Signals | None = None) -> Run:
+    """Build a run without a folder: it writes and says nothing. Raises InputError. Every process calls it."""
     cfg.check()
     devices = set_up(cfg.precision, cfg.threads)
     check_batch_size(cfg, devices)
@@ -63,7 +72,7 @@ def start(
         loader=loader,
         held_out=held_out,
         examples=examples,
-        total_steps=cfg.max_steps or ceil(cfg.epochs * examples / cfg.batch_size - 1e-9),
+        total_steps=total_steps(cfg, examples),
         step=step or train_step,
         identity=identity(cfg, fingerprint(data), loader.order_hash()),
         signals=signals or Signals(),
@@ -74,10 +83,12 @@ def start(
     names = together(lambda: check_monitor(run), devices.control)
     if len(set(gather_texts(names, devices.control))) > 1:
         raise InputError("evaluate does not return the same figures on all ranks; it must not depend on the examples")
-    warm_up(run)
-    source = source or source_of(recipe)
-    open_folder(run, Path(source).stem, source)
     return run
+
+
+def total_steps(cfg: Config, examples: int) -> int:
+    """Return the number of optimizer steps of a run on ``examples`` training examples."""
+    return cfg.max_steps or ceil(cfg.epochs * examples / cfg.batch_size - 1e-9)
 
 
 def check_batch_size(cfg: Config, devices: Devices) -> None:

@@ -12,6 +12,7 @@ import scaletrain
 
 LAYERS = (  # each may import those before it
     ("errors",),
+    ("new", "plots"),
     ("permutation", "schedules", "config", "state", "signals", "randomness", "mixing", "blocks", "misfit"),
     ("order", "agreement", "optimizers", "optimizer_state"),
     ("share", "metrics"),
@@ -32,7 +33,7 @@ LAYERS = (  # each may import those before it
     ("hooks", "plateau"),
     ("opening",),
     ("build",),
-    ("predict",),
+    ("predict", "rates"),
     ("entry",),
     ("cli",),
     ("__init__",),

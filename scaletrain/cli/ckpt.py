@@ -1,18 +1,16 @@
-"""Look at, check and convert the checkpoints of a run; predict with its weights."""
+"""``scaletrain ckpt``: look at, check and convert the checkpoints of a run."""
 
 from __future__ import annotations
 
 import json
-import os
 import sys
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
-from scaletrain.errors import CHECKPOINT, DONE, INPUT, CheckpointError, InputError
+from scaletrain.errors import CHECKPOINT, DONE, CheckpointError, InputError
 
 if TYPE_CHECKING:
     from scaletrain.checkpoint.verify import Checkpoint
@@ -91,7 +89,7 @@ class Show:
         _say(str(found.path))
         for name in ("state", "metrics", "config", "total_steps", "identity", "environment"):
             _say(f"{name}: {json.dumps(found.state.get(name))}")
-        for part in ("model", "optimizer", "hooks"):
+        for part in ("model", "ema", "optimizer", "hooks"):
             for name, (shape, dtype) in whole_shapes(found, part).items():
                 _say(f"{part}  {ascii(name)[1:-1]}  {str(dtype).removeprefix('torch.')} {list(shape)}")
         return DONE
@@ -155,63 +153,10 @@ ACTIONS = Annotated[
 
 
 @dataclass(frozen=True)
-class Predict:
-    """Write what a recipe's predict says of each example, in the order of the data set.
-
-    On several processes: torchrun --nproc-per-node 2 --no-python scaletrain predict ...
-    """
-
-    recipe: tyro.conf.Positional[str]
-    """File of the recipe, as recipes/cnn.py."""
-    weights: Path
-    """Folder of a run, a checkpoint, or a model.safetensors."""
-    to: Path
-    """File to write: .parquet or .npz."""
-    data: str | None = None
-    """What to read instead of the data of the run; nothing of it is held out."""
-    split: Literal["train", "val", "test"] | None = None
-    """Which split. Default: train with --data, else the first there is of test, val, train."""
-
-    @property
-    def action(self) -> Callable[[], int]:
-        """Predict, and say how many rows were written."""
-        return self._predict
-
-    def _predict(self) -> int:
-        from scaletrain.predict import predict, recipe_at
-
-        predict(recipe_at(self.recipe), self.weights, data=self.data, split=self.split, to=self.to)
-        if int(os.environ.get("RANK", "0")) == 0:
-            _say(f"predictions: {self.to}")
-        return DONE
-
-
-@dataclass(frozen=True)
 class Ckpt:
     """Checkpoints: list, verify, show, export, diff."""
 
     action: ACTIONS
-
-
-def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run ``scaletrain ckpt ...`` or ``scaletrain predict ...``; the exit code says how it went."""
-    args = list(sys.argv[1:] if argv is None else argv)
-    command: Any = tyro.extras.subcommand_cli_from_dict(
-        {"ckpt": Ckpt, "predict": Predict}, prog="scaletrain", args=args or ["--help"], description=__doc__
-    )
-    try:
-        code = command.action()
-        sys.stdout.flush()
-    except InputError as error:
-        _fail(INPUT, str(error))
-    except CheckpointError as error:
-        _fail(CHECKPOINT, str(error))
-    except BrokenPipeError:  # as in: scaletrain ckpt list RUN | head -1
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(DONE)
-    except OSError as error:
-        _fail(INPUT, f"{error.filename}: {error.strerror}" if error.filename else str(error))
-    sys.exit(code)
 
 
 def _open(path: Path) -> Checkpoint:
@@ -242,13 +187,3 @@ def _checkpoints(run: Path) -> Path:
 
 def _say(text: str) -> None:
     print(text)
-
-
-def _fail(code: int, reason: str) -> NoReturn:
-    if int(os.environ.get("RANK", "0")) == 0:
-        print(f"error: {reason}", file=sys.stderr)
-    sys.exit(code)
-
-
-if __name__ == "__main__":
-    main()
