@@ -1,8 +1,11 @@
-"""Train every recipe at its documented size, and hold what comes out to the recipe's ``expect``.
+"""Train every recipe at its documented size, hold what comes out to its ``expect``, and set it beside references.
 
-    python -m benchmarks.expectations [--seeds 5] [--out FILE]
+    python -m benchmarks.expectations                                  each once, held to what it expects
+    python -m benchmarks.expectations --seeds 5 --references --out FILE
 
-Exits 1 when an expectation is missed.
+References are scikit-learn's models and raw PyTorch loops on the same split (benchmarks/references/). Exits 1 when an
+expectation is missed, or a mean over the seeds is worse than a reference's by more than two standard errors of the
+difference.
 """
 
 import argparse
@@ -12,49 +15,98 @@ import sys
 import tempfile
 import time
 from importlib import import_module
+from math import sqrt
 from pathlib import Path
+from statistics import mean, stdev
 
 from benchmarks.pairs import conditions
 from scaletrain.recipe import unmet
 
-RECIPES = ("mlp", "cnn", "cnn_sam")
+RECIPES = ("mlp", "regression", "binary", "multilabel", "cnn", "cnn_sam", "vit", "finetune", "text", "lm")
+"""In this order: finetune adapts what cnn has learned."""
+REFERENCES = ("tables", "images", "language")
+
+Metrics = dict[str, float]
 
 
-def train(name: str, seed: int, folder: Path) -> tuple[dict[str, float], float]:
-    """Run a recipe as a script; return its metrics and the seconds spent training."""
+def train(name: str, seed: int, folder: Path) -> tuple[Metrics, float]:
+    """Run a recipe as a script; return its metrics and the seconds that it took, imports included."""
     out = folder / f"{name}-{seed}"
     command = [sys.executable, f"recipes/{name}.py", "--seed", str(seed), "--out", str(out)]
+    command += ["--weights", str(folder / f"cnn-{seed}")] if name == "finetune" else []
+    started = time.monotonic()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    timing = (out / "timing.jsonl").read_text().splitlines()
-    return json.loads((out / "result.json").read_text())["metrics"], json.loads(timing[-1])["seconds"]
+    return json.loads((out / "result.json").read_text())["metrics"], time.monotonic() - started
+
+
+def measured(name: str, seeds: int, with_references: bool, folder: Path) -> dict[str, list[tuple[Metrics, float]]]:
+    """Return the metrics and seconds of each seed: of the recipe and of its references."""
+    found = {"recipe": [train(name, seed, folder) for seed in range(seeds)]}
+    for module in REFERENCES if with_references else ():
+        for label, reference in import_module(f"benchmarks.references.{module}").REFERENCES.get(name, ()):
+            found[label] = []
+            for seed in range(seeds):
+                started = time.monotonic()
+                found[label].append((reference(seed), time.monotonic() - started))
+    return found
+
+
+def is_worse(ours: list[float], theirs: list[float], wanted: str) -> bool:
+    """Whether our mean lies on the wrong side of theirs by more than two standard errors of the difference."""
+    if len(ours) < 2 or len(theirs) < 2:
+        return False
+    better = 1 if wanted.startswith(">") else -1
+    error = sqrt((stdev(ours) ** 2 + stdev(theirs) ** 2) / len(ours))
+    return better * (mean(theirs) - mean(ours)) > 2 * error
+
+
+def rows(name: str, found: dict[str, list[tuple[Metrics, float]]], faults: list[str]) -> list[str]:
+    """Return a row for each expected metric of the recipe and its references; add what is missed to ``faults``."""
+    expect, lines = import_module(f"recipes.{name}").recipe.expect, []
+    faults += [f"{name}: {miss}" for metrics, _ in found["recipe"] for miss in unmet(expect, metrics)]
+    for metric, wanted in expect.items():
+        ours = [metrics[metric] for metrics, _ in found["recipe"]]
+        for label, runs in found.items():
+            theirs = [metrics[metric] for metrics, _ in runs if metric in metrics]
+            if not theirs:
+                continue
+            if label != "recipe" and is_worse(ours, theirs, wanted):
+                faults.append(f"{name}: {metric} {mean(ours):.4f} is worse than {label}'s {mean(theirs):.4f}")
+            each = ", ".join(f"{value:.4f}" for value in theirs)
+            seconds = mean(seconds for _, seconds in runs)
+            what = f"**{name}** | {metric} {wanted}" if label == "recipe" else f"{label} | {metric}"
+            lines.append(f"| {what} | {mean(theirs):.4f} | {each} | {seconds:.0f} |")
+    return lines
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=1, help="seeds per recipe")
+    parser.add_argument("--seeds", type=int, default=1, help="seeds of each recipe and reference")
+    parser.add_argument("--references", action="store_true", help="measure the references too")
+    parser.add_argument("--only", nargs="*", default=RECIPES, help="recipes (finetune needs cnn before it)")
     parser.add_argument("--out", type=Path, help="also write the table to this file")
     args = parser.parse_args()
 
-    command = f"python -m benchmarks.expectations --seeds {args.seeds}"
+    command = f"python -m benchmarks.expectations --seeds {args.seeds}{' --references' if args.references else ''}"
     lines = ["# What the recipes reach", "", *conditions(command, ("torch", "scikit-learn")), ""]
-    lines += ["| recipe | expected | metric at each seed | training seconds (with validation) |", "|---|---|---|---|"]
-    missed: list[str] = []
+    lines += [
+        "| recipe or reference | metric | mean | each seed | seconds, imports included |",
+        "|---|---|---|---|---|",
+    ]
+    faults: list[str] = []
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        for name in RECIPES:
-            expect = import_module(f"recipes.{name}").recipe.expect
-            runs = [train(name, seed, Path(folder)) for seed in range(args.seeds)]
-            missed += [f"{name}: {miss}" for metrics, _ in runs for miss in unmet(expect, metrics)]
-            for metric, wanted in expect.items():
-                values = ", ".join(f"{metrics[metric]:.4f}" for metrics, _ in runs)
-                seconds = [f"{s:.0f}" for _, s in runs]
-                lines.append(f"| {name} | {metric} {wanted} | {values} | {', '.join(seconds)} |")
-    lines += ["", f"{time.monotonic() - started:.0f} s in all."]
-    print("\n".join(lines))
+        for name in args.only:
+            new = rows(name, measured(name, args.seeds, args.references, Path(folder)), faults)
+            print("\n".join(new), flush=True)
+            lines += new
+    lines += ["", f"{time.monotonic() - started:.0f} s in all. References run in one process, their imports left out."]
+    lines += ["", *(f"* MISSED: {fault}" for fault in faults)] if faults else []
+    print(lines[-1 - len(faults)])
     if args.out:
         args.out.write_text("\n".join(lines) + "\n")
-    if missed:
-        raise SystemExit("\n".join(missed))
+    if faults:
+        raise SystemExit("\n".join(faults))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from scaletrain import (
     Plateau,
     adam,
     adamw,
+    build,
     cutmix,
     load_weights,
     main,
@@ -654,3 +655,33 @@ def test_the_cnn_mixes_and_smooths_with_everything(tmp_path):
     options = ["--max-steps", "4", "--width", "4", "--threads", "1", "--ema", "0.9", "--micro-batch-size", "50"]
     result = main(cnn.recipe, [*options, "--mixup", "0.2", "--label-smoothing", "0.1", "--out", str(tmp_path)])
     assert math.isfinite(result.metrics["val_loss"])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.*:DeprecationWarning")  # inductor's own
+def test_a_compiled_model_has_the_same_losses_with_its_blocks_computed_twice_and_averaged(tmp_path):
+    def losses(name, **options):
+        cfg = tiny.TinyConfig(max_steps=4, ema=0.9, out=str(tmp_path / name), **options)
+        run = start(replace(tiny.recipe, model=lambda cfg, data: Deep(dropout=0.0)), cfg)
+        return [*(float(info.loss) for info in steps(run)), validate(run)["val_loss"]]
+
+    close(losses("compiled", compile=True, activation_checkpointing=True), losses("plain"), 1e-5)
+
+
+@pytest.fixture
+def sharding(monkeypatch):
+    monkeypatch.setattr("scaletrain.build.build_model", build.build_model)  # put back what the next line replaces
+    noisy.shard_where_asked()
+
+
+@pytest.mark.usefixtures("silent", "sharding")
+@pytest.mark.world_size(2)
+def test_a_sharded_model_goes_on_with_the_same_bits_and_measures_what_one_process_does(shared_path):
+    options = {"plain": True, "max_grad_value": 0.02, "ema": 0.9}
+    check_every_step(noisy.recipe, shared_path, (2,), fsdp=True, **options)
+    found = []
+    for fsdp in (False, True):
+        cfg = noisy.NoisyConfig(max_steps=12, fsdp=fsdp, out=str(shared_path / str(fsdp)), **options)
+        run = start(replace(noisy.recipe, hooks=None), cfg)
+        train(run)
+        found.append(run.finish().metrics)
+    assert found[0] == pytest.approx(found[1], rel=1e-9)
