@@ -7,13 +7,14 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PATH="$PWD/.venv/bin:$PATH"
+recipes() { grep -l __main__ recipes/*.py | sed 's/.*\///; s/\.py$//' | xargs; }
 train() { exec accelerate launch --quiet --num_cpu_threads_per_process 1 "$@"; } # 1 is unsaid: the run chooses
 
-recipe=${1:?usage: launch/local.sh RECIPE [options]; recipes: $(cd recipes && ls [!_]*.py | sed 's/\.py$//' | xargs)}
+recipe=${1:?usage: launch/local.sh RECIPE [options]; recipes: $(recipes)}
 shift
 file=recipes/${recipe%.py}.py
 if [ ! -f "$file" ]; then
-    echo "error: no recipe '$recipe'; there are: $(cd recipes && ls [!_]*.py | sed 's/\.py$//' | xargs)" >&2
+    echo "error: no recipe '$recipe'; there are: $(recipes)" >&2
     exit 2
 fi
 

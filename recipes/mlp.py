@@ -2,18 +2,23 @@
 
     accelerate launch recipes/mlp.py
     accelerate launch recipes/mlp.py --data wine --epochs 50 --width 16
+    accelerate launch recipes/mlp.py --activation gelu --batch-norm --dropout 0.2 --optimizer muon
+    accelerate launch recipes/mlp.py --optimizer sgd --lr 0.1
 
-Expected: val_accuracy 0.96 or better on the built-in digits, read as a table of 64 pixels (0.972-0.983 over 5 seeds,
+Expected: val_accuracy 0.96 or better on the built-in digits, read as a table of 64 pixels (0.969-0.983 over 5 seeds,
 a second on 2 CPU cores).
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 
-from recipes.models import Standardize
-from scaletrain import Config, Data, Recipe, load, main, warmup_cosine
+from recipes.models import Standardize, mlp
+from scaletrain import Config, Data, Recipe, adam, adamw, load, main, muon, sgd, warmup_cosine
+
+OPTIMIZERS = {"adamw": adamw, "adam": adam, "sgd": sgd, "muon": muon}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,25 +29,28 @@ class MLPConfig(Config):
     lr: float = 3e-3
     width: int = 64
     """Units in each of the two hidden layers. A smaller model overfits less."""
+    activation: Literal["relu", "gelu", "tanh", "sigmoid"] = "relu"
+    """What follows each hidden layer."""
+    batch_norm: bool = False
+    """Normalize each hidden unit over the micro-batch before its activation (BatchNorm1d)."""
+    dropout: float = 0.0
+    """Share of each hidden layer's activations set to zero in training."""
+    optimizer: Literal["adamw", "adam", "sgd", "muon"] = "adamw"
+    """sgd has a momentum of 0.9 and wants a rate about 30 times as high. muon: hidden matrices, AdamW for the rest."""
 
 
 def load_data(cfg: MLPConfig) -> Data:
     return load(cfg.data, split_seed=cfg.split_seed)  # features (N, F) float, label (N,) int
 
 
-def mlp(n_features: int, n_classes: int, width: int = 64) -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(n_features, width),
-        nn.ReLU(),
-        nn.Linear(width, width),
-        nn.ReLU(),
-        nn.Linear(width, n_classes),
-    )
-
-
 def build_model(cfg: MLPConfig, data: Data) -> nn.Module:
     features = data.sample(10_000)["features"].float()  # all of a small table
-    return nn.Sequential(Standardize(features), *mlp(features.shape[1], data.n_classes, cfg.width))
+    net = mlp(features.shape[1], data.n_classes, cfg.width, cfg.activation, cfg.batch_norm, cfg.dropout)
+    return nn.Sequential(Standardize(features), *net)
+
+
+def optimizer(model: nn.Module, cfg: MLPConfig) -> optim.Optimizer:
+    return OPTIMIZERS[cfg.optimizer](model, cfg)
 
 
 def loss(model: nn.Module, batch: dict[str, Tensor], cfg: MLPConfig) -> Tensor:
@@ -69,6 +77,7 @@ recipe = Recipe(
     loss=loss,
     evaluate=evaluate,
     predict=predict,
+    optimizer=optimizer,
     schedule=warmup_cosine,
     expect={"val_accuracy": ">=0.96"},
 )

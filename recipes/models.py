@@ -1,4 +1,4 @@
-"""What several recipes share: the scaling of a table, and the Transformer of text, lm and vit."""
+"""What several recipes share: the scaling of a table, the tutorial's MLP, and the Transformer of text, lm and vit."""
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,31 @@ class Standardize(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         return (features - self.mean) / self.std
+
+
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU, "tanh": nn.Tanh, "sigmoid": nn.Sigmoid}
+
+
+def mlp(
+    n_features: int,
+    n_outputs: int,
+    width: int = 64,
+    activation: str = "relu",
+    batch_norm: bool = False,
+    dropout: float = 0.0,
+) -> nn.Sequential:
+    """Return the tutorial's multilayer perceptron, (B, n_features) -> (B, n_outputs), with two hidden layers."""
+    if width < 1:
+        raise InputError(f"--width is {width}; a layer needs at least 1 unit")
+    if not 0 <= dropout < 1:
+        raise InputError(f"--dropout is {dropout}; it is a share of the activations, from 0 to below 1")
+    layers: list[nn.Module] = []
+    for n_inputs in (n_features, width):
+        layers.append(nn.Linear(n_inputs, width))
+        layers += [nn.BatchNorm1d(width)] if batch_norm else []
+        layers.append(ACTIVATIONS[activation]())
+        layers += [nn.Dropout(dropout)] if dropout else []
+    return nn.Sequential(*layers, nn.Linear(width, n_outputs))
 
 
 class Attention(nn.Module):

@@ -89,7 +89,7 @@ def test_the_library_does_not_know_its_recipes_tests_or_benchmarks():
 
 def test_recipes_import_the_library_field_libraries_and_each_other():
     field = {"torch", "numpy", "kornia", "torchmetrics", "transformers"}
-    standard = {"collections", "dataclasses", "functools", "json", "math", "pathlib", "re", "sys", "typing"}
+    standard = {"collections", "dataclasses", "functools", "json", "math", "pathlib", "re", "sys", "typing", "zlib"}
     allowed = {"scaletrain", "recipes"} | field | standard
     for path in (ROOT / "recipes").glob("*.py"):
         names = list(imports_of(path))
