@@ -68,17 +68,18 @@ def test_a_command_runs_as_it_stands(command, tmp_path):
 
 
 def test_kill_it_ends_with_the_same_bits_and_the_commands_after_it_run(tmp_path):
-    first, *rest = [block.values[0] for block in blocks("bash") if "README" in block.id]
+    begin, kill, *rest = [block.values[0] for block in blocks("bash") if block.id.startswith("README")]
     (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     environment = {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "HOME": str(tmp_path)}
-    ended = launch("bash", "-c", first, timeout=300, **environment)
+    ended = launch("bash", "-c", kill, timeout=300, **environment)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "going on after step" in ended.stdout
     assert "the same, to the last bit\n" in ended.stdout
-    for script in rest:
+    for script in (begin, *rest):
         ended = launch("bash", "-ec", script, **environment)
         assert ended.returncode == 0, ended.stdout + ended.stderr
     assert (tmp_path / "weights.safetensors").exists()
+    assert (tmp_path / "runs/my_recipe").exists()
 
 
 def test_the_make_commands_of_the_readme_are_run_by_continuous_integration():

@@ -46,7 +46,7 @@ def test_one_process_ends_with_the_weights_of_a_plain_loop(network, optimizer, m
             config=tiny.TinyConfig,
             data=small_images,
             model=lambda cfg, data: cnn.SmallCNN(10, width=2, dropout=0.0),
-            loss=cnn.loss,
+            loss=lambda model, batch, cfg: F.cross_entropy(model(batch["image"]), batch["label"]),
             optimizer=tiny.optimizer,
             schedule=warmup_cosine,
         )

@@ -1,11 +1,16 @@
 """Built-in data that needs no network: scikit-learn's tables and handwritten digits, Python's own source code."""
 
+import hashlib
+import os
+import platform
 import sysconfig
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import interpolate
 
@@ -52,19 +57,62 @@ def passages() -> Data:
     return Data(train=rows, classes=classes)
 
 
-def source_bytes() -> np.ndarray:
-    """Return the source code of the standard library, file after file, as (N,) uint8."""
-    return np.frombuffer("\n".join(text for _, text in _library()).encode(), dtype=np.uint8)
+def source_bytes() -> NDArray[np.uint8]:
+    """Return the source code of the standard library, file after file, as (N,) uint8 mapped into memory.
+
+    It is read once and kept below XDG_CACHE_HOME (~/.cache); where that cannot be written, it is read each time.
+    """
+    stats = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in _files()]
+    digest = hashlib.sha256(repr(stats).encode()).hexdigest()[:16]
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "scaletrain"
+        kept = folder / f"stdlib-{platform.python_version()}-{digest}.txt"
+        if not kept.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            _write_whole(kept, _joined())
+        return np.memmap(kept, dtype=np.uint8, mode="r").view(np.ndarray)
+    except (OSError, RuntimeError):  # a full or read-only disk; no home
+        return np.frombuffer(_joined(), dtype=np.uint8)
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write a file so that whoever looks, after a power cut too, finds all of it or none."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        try:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            Path(file.name).replace(path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
+
+
+def _joined() -> bytes:
+    return "\n".join(text for _, text in _library()).encode()
 
 
 def _library() -> Iterator[tuple[str, str]]:
-    """Yield the package ("" for a module of its own) and text of each file, but for tests and what was installed."""
-    root = Path(sysconfig.get_paths()["stdlib"])
+    """Yield the package ("" for a module of its own) and text of each file."""
+    for path in _files():
+        inside = path.relative_to(_root()).parts
+        yield inside[0] if len(inside) > 1 else "", path.read_text(encoding="utf-8", errors="replace")
+
+
+def _files() -> list[Path]:
+    """Return the files of the standard library in order, but for tests and what was installed."""
     left_out = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__", "lib-dynload"}
-    for path in sorted(root.rglob("*.py")):
-        inside = path.relative_to(root).parts
-        if left_out.isdisjoint(inside) and not inside[0].startswith(("config-", "_sysconfigdata")):
-            yield inside[0] if len(inside) > 1 else "", path.read_text(encoding="utf-8", errors="replace")
+    found = []
+    for folder, inside, names in os.walk(_root()):
+        inside[:] = [name for name in inside if name not in left_out and not name.startswith("config-")]
+        found += [
+            Path(folder, name) for name in names if name.endswith(".py") and not name.startswith("_sysconfigdata")
+        ]
+    return sorted(found, key=lambda path: path.parts)
+
+
+def _root() -> Path:
+    return Path(sysconfig.get_paths()["stdlib"])
 
 
 def _cut(text: str) -> Iterator[str]:

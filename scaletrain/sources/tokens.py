@@ -61,10 +61,11 @@ def load(name: str, length: int, split_seed: int | None, val_share: float) -> Da
     held_out = 0 if split_seed is None else round(val_share * len(tokens))
     parts = [tokens[: len(tokens) - held_out], tokens[len(tokens) - held_out :]]
     windows = [Windows(part, length) for part in parts if len(part)]
-    for part in windows:
+    for part, which in zip(windows, ("", "held-out "), strict=False):
         if len(part) == 0:
             raise InputError(
-                f"{name}: {len(part.tokens)} tokens do not fill a window of {length} + 1; use a smaller length"
+                f"{name}: {len(part.tokens)} {which}tokens do not fill a window of {length} + 1; use a smaller length "
+                "(--context) or another share to hold out"
             )
     if not windows:
         raise InputError(f"{name} is empty; it needs at least {length + 1} tokens")
