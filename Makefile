@@ -47,15 +47,16 @@ lint: .venv/.installed ## ruff and mypy --strict
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
 
-check: .venv/.installed ## train every recipe at its documented size and hold it to what it expects
+check: .venv/.installed ## train every recipe at its documented size and hold it to what it expects (minutes)
 	@$(BIN)/python -m benchmarks.expectations
 
-bench: .venv/.installed ## measure the loop, saving and resuming beside other libraries (half an hour)
+bench: .venv/.installed ## measure the loop, saving and resuming beside other libraries (an hour and a half)
 	@$(BIN)/python -m benchmarks.step_overhead --out benchmarks/results/step_overhead.md
 	@$(BIN)/python -m benchmarks.order_cost --out benchmarks/results/order_cost.md
 	@$(BIN)/python -m benchmarks.loading --out benchmarks/results/loading.md
 	@$(BIN)/python -m benchmarks.evaluating --out benchmarks/results/evaluating.md
 	@$(BIN)/python -m benchmarks.large_map --out benchmarks/results/large_map.md
+	@$(BIN)/python -m benchmarks.language --out benchmarks/results/language.md
 	@$(BIN)/python -m benchmarks.checkpoint_stall --out benchmarks/results/checkpoint_stall.md
 	@$(BIN)/python -m benchmarks.resume_position --out benchmarks/results/resume_position.md
 	@$(BIN)/python -m benchmarks.kill_and_resume --out benchmarks/results/kill_and_resume.md

@@ -126,6 +126,12 @@ def main() -> None:
             new = rows(name, found, faults)
             print("\n".join(new), flush=True)
             lines += new
+    lines += [
+        "",
+        "Recipes and raw loops keep the epoch that is best on the validation examples that are reported here; "
+        "scikit-learn's models get no such choice. The raw loops of tables have no averaged weights. Test examples had "
+        "no part in any choice within a run.",
+    ]
     lines += ["", f"{time.monotonic() - started:.0f} s in all: one thread each, as many at a time as there are cores."]
     lines += ["", *(f"* MISSED: {fault}" for fault in faults)] if faults else []
     print(lines[-1 - len(faults)])

@@ -5,7 +5,7 @@
 The gradient is taken where the loss near the weights is worst: one step of length rho uphill (Foret et al.,
 "Sharpness-Aware Minimization for Efficiently Improving Generalization", 2021). Twice the work per step.
 
-Expected: val_accuracy 0.97 or better on the built-in digits (0.983-0.992 over 5 seeds, 1 minute on 2 CPU cores).
+Expected: val_accuracy 0.97 or better on the built-in digits (0.989-0.994 over 5 seeds, a minute on one CPU core).
 """
 
 from dataclasses import dataclass, replace

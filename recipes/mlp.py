@@ -6,7 +6,7 @@
     accelerate launch recipes/mlp.py --optimizer sgd --lr 0.1
 
 Expected: val_accuracy 0.96 or better on the built-in digits, read as a table of 64 pixels (0.969-0.983 over 5 seeds,
-a second on 2 CPU cores).
+a second on one CPU core).
 """
 
 from dataclasses import dataclass

@@ -4,7 +4,7 @@
     accelerate launch recipes/multilabel.py --data own.npz --width 64
 
 Expected: val_macro_f1 0.97 or better on the built-in digits, of which a fifth is held out (0.982-0.986 over 5 seeds,
-2 seconds on 2 CPU cores).
+2 seconds on one CPU core).
 Expected: val_micro_f1 0.97 or better (0.982-0.985).
 """
 

@@ -5,7 +5,7 @@
     accelerate launch recipes/regression.py --data houses.csv --width 128 --ema 0.99
 
 Expected: val_r2 0.51 or better on scikit-learn's diabetes, 442 patients of whom 88 are held out (0.542-0.559 over 5
-seeds, a second on 2 CPU cores; scikit-learn's Ridge reaches 0.504).
+seeds, a second on one CPU core; scikit-learn's Ridge reaches 0.504).
 """
 
 from dataclasses import dataclass

@@ -4,8 +4,8 @@
     accelerate launch recipes/text.py --tokens bytes --context 400 --pool cls
     accelerate launch recipes/text.py --data reviews.csv --paraphrases via_german,via_french
 
-Expected: val_accuracy 0.95 or better on a fifth of the passages of 18 packages (0.961-0.963 over 5 seeds, 1 minute
-on 2 CPU cores).
+Expected: val_accuracy 0.95 or better on a fifth of the passages of 18 packages (0.961-0.963 over 5 seeds, a minute
+on one CPU core).
 """
 
 from dataclasses import dataclass, replace
@@ -47,7 +47,7 @@ class TextConfig(Config):
     """Share of a text's tokens that are hidden in training, other ones each time."""
     paraphrases: str = ""
     """Columns, separated by commas, that say in other words what text says, as after translating it there and back.
-    Each time an example is trained on, the text or one of them is drawn; empty ones are not. Validation reads text."""
+    Each time an example is trained on, the text or one of them is drawn, but none that is "". Validation reads text."""
     epochs: float = 3
     batch_size: int = 32
     lr: float = 3e-3
@@ -57,8 +57,9 @@ class TextConfig(Config):
     def check(self) -> None:
         super().check()
         check_least(self, vocab_size=FIRST + 1, context=1, width=1, depth=1, heads=1)
-        if not 0 <= self.mask_tokens < 1:
-            raise InputError(f"--mask-tokens is {self.mask_tokens}; it is a share of the tokens, from 0 to below 1")
+        for name in ("mask_tokens", "dropout"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"--{name.replace('_', '-')} is {getattr(self, name)}; use a share from 0 to below 1")
 
 
 def load_data(cfg: TextConfig) -> Data:

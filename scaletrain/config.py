@@ -27,7 +27,7 @@ class Config:
     lr: float = 1e-3
     """Learning rate of the optimizer; the schedule multiplies it."""
     weight_decay: float = 1e-4
-    """Decoupled weight decay of the default optimizer; never on biases and norms."""
+    """Weight decay of the optimizer: of AdamW and Muon decoupled; never on biases, norms and embeddings."""
     epochs: float = 20
     """Passes over the training examples; may be a fraction."""
     max_steps: int | None = None
@@ -115,7 +115,7 @@ class Config:
         if self.ema is not None and not 0 < self.ema < 1:
             raise InputError(f"--ema is {self.ema}; it is a decay between 0 and 1, as 0.999")
         if self.max_grad_norm is not None and self.max_grad_value is not None:
-            raise InputError("--max-grad-norm and --max-grad-value both clip the gradient; choose one")
+            raise InputError("--max-grad-norm and --max-grad-value both clip the gradient; say None for one of them")
         if not 0 <= self.warmup <= 1:
             raise InputError(f"--warmup is {self.warmup}; it is a share of all steps, from 0 to 1")
         if not self.monitored_metric:

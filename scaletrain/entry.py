@@ -15,6 +15,7 @@ import torch.distributed as dist
 from scaletrain.build import start
 from scaletrain.config import is_first_process, parse
 from scaletrain.errors import (
+    BROADCASTS,
     CHECKPOINT,
     FAILED,
     INPUT,
@@ -27,7 +28,7 @@ from scaletrain.errors import (
 )
 from scaletrain.folder import record_exit, short
 from scaletrain.loop import train
-from scaletrain.misfit import BROADCASTS, explain
+from scaletrain.misfit import explain
 from scaletrain.recipe import Recipe
 from scaletrain.run import Result, Run, Step
 from scaletrain.signals import noting

@@ -14,6 +14,10 @@ PREEMPTED = 75
 INTERRUPTED = 130
 
 
+BROADCASTS = "Using a target size"
+"""What torch's warning begins with where a loss compares each output with every target: an error in a run."""
+
+
 class InputError(ValueError):
     """Something the user gave cannot work: shown as one line without a traceback, exit code 2."""
 

@@ -11,25 +11,28 @@ from typing import Any
 import accelerate
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd
 
 ELEMENTWISE = (
     "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy", "binary_cross_entropy_with_logits",
     "kl_div", "gaussian_nll_loss", "poisson_nll_loss",
 )  # fmt: skip
-BROADCASTS = "Using a target size"
-"""What torch's warning begins with where a loss compares each output with every target."""
+ABOUT_TENSORS = (RuntimeError, ValueError, IndexError, TypeError, UserWarning)
 LIBRARIES = tuple(str(Path(package).parent) for package in (torch.__file__, accelerate.__file__, __file__))
 
 
 def explain(error: BaseException) -> str | None:
     """Return what does not fit, where in the recipe, and what to do; None where the exception is of another kind."""
+    if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, ABOUT_TENSORS):
+        return None
     frames = list(traceback.walk_tb(error.__traceback__))
     for frame, _ in reversed(frames):
         name, found = frame.f_code.co_name, frame.f_locals
         if Path(frame.f_code.co_filename).match("torch/nn/functional.py"):
             line = _in_function(name, found)
         else:
-            line = _in_layer(found)
+            line = _in_layer(found, str(error))
         if line is not None:
             return f"{_where(frames)}{line}"
     return None
@@ -43,19 +46,21 @@ def _in_function(name: str, found: dict[str, Any]) -> str | None:
     if not isinstance(given, Tensor) or not isinstance(target, Tensor):
         return None
     if name in ("cross_entropy", "nll_loss"):
-        line = _classes(given, target)
+        line = _classes(given, target, found.get("ignore_index", -100))
     else:
         line = _elementwise(given, target) if name in ELEMENTWISE else None
     return None if line is None else f"{name}: {line}"
 
 
-def _classes(output: Tensor, labels: Tensor) -> str | None:
+def _classes(output: Tensor, labels: Tensor, ignored: int) -> str | None:
     got = f"the model's output is {_words(output)} and the labels are {_words(labels)}"
     if not output.is_floating_point():
         return f"{got}; the output must be floating-point numbers, one for each class"
     if labels.is_floating_point():
         if labels.shape == output.shape:
             return None
+        if labels.ndim == output.ndim > 1:
+            return f"{got}; as shares of the classes the labels must have the output's shape"
         return f"{got}; class labels are whole numbers of type int64, (B,): use .long() on them"
     if output.ndim == 1 and labels.ndim > 0:
         return f"{got}; the output must be (B, C), a number for each of C classes"
@@ -65,7 +70,9 @@ def _classes(output: Tensor, labels: Tensor) -> str | None:
         return f"{got}; for such an output labels are {_shape(wanted)}: {advice}"
     if labels.dtype not in (torch.int64, torch.uint8):
         return f"{got}; class labels are int64: use .long() on them"
-    meant = labels[labels != -100] if labels.device.type == "cpu" else labels[:0]  # reading a GPU after a fault fails
+    meant = (
+        labels[labels != ignored] if labels.device.type == "cpu" else labels[:0]
+    )  # reading a GPU after a fault fails
     if meant.numel() and not 0 <= int(meant.min()) <= int(meant.max()) < output.shape[1]:
         low, high, n = int(meant.min()), int(meant.max()), output.shape[1]
         return f"labels go from {low} to {high}, but the model's output has {n} classes, 0 to {n - 1}; give it more"
@@ -100,22 +107,23 @@ def _embedding(indices: Tensor, weight: Tensor) -> str | None:
     return f"embedding: tokens go from {low} to {high}, but the table has {len(weight)} rows; make it larger"
 
 
-def _in_layer(found: dict[str, Any]) -> str | None:
-    """Judge a layer of torch's by its input."""
+def _in_layer(found: dict[str, Any], said: str) -> str | None:
+    """Judge a linear layer, convolution or norm of torch's by its input; ``said`` is torch's own message."""
     layer, given = found.get("self"), found.get("input")
-    if not isinstance(layer, nn.Module) or not isinstance(given, Tensor) or "torch.nn" not in type(layer).__module__:
+    if not isinstance(layer, nn.Linear | _ConvNd | _NormBase | nn.GroupNorm) or not isinstance(given, Tensor):
         return None
-    wanted = next((getattr(layer, name) for name in ("in_features", "num_features") if hasattr(layer, name)), None)
-    weight = getattr(layer, "weight", None)
     got = f"{layer!r:.100} got an input that is {_words(given)}"
-    if isinstance(weight, Tensor) and weight.dtype != given.dtype and not isinstance(layer, nn.Embedding):
-        return f"{got}, but its weights are {_dtype(weight)}; both must be of one type"
-    if isinstance(layer, nn.Linear) and given.ndim and given.shape[-1] != wanted:
-        return f"{got}; its last dimension must be {wanted}"
-    if "Conv" in type(layer).__name__ or "Norm" in type(layer).__name__:
-        channels = getattr(layer, "in_channels", getattr(layer, "num_channels", wanted))
-        if channels is not None and given.ndim > 1 and given.shape[1] != channels:
+    if isinstance(layer, nn.Linear):
+        if given.ndim and given.shape[-1] != layer.in_features:
+            return f"{got}; its last dimension must be {layer.in_features}"
+    else:
+        names = ("in_channels", "num_features", "num_channels")
+        channels = next(getattr(layer, name) for name in names if hasattr(layer, name))
+        if given.ndim > 1 and given.shape[1] != channels:
             return f"{got}; its second dimension must be {channels}"
+    weight = layer.weight
+    if "type" in said and isinstance(weight, Tensor) and weight.dtype != given.dtype:  # autocast allows for others
+        return f"{got}, but its weights are {_dtype(weight)}; both must be of one type"
     return None
 
 

@@ -2,6 +2,8 @@
 
 import ast
 import importlib.util
+import keyword
+import sys
 from pathlib import Path
 
 from scaletrain.errors import InputError
@@ -21,11 +23,11 @@ def write_new(name: str, like: str) -> Path:
     there = recipes()
     if like not in there:
         raise InputError(f"--like {like}: there is no such recipe; there are {', '.join(there)}")
-    if not path.stem.isidentifier():
+    if not path.stem.isidentifier() or keyword.iskeyword(path.stem):
         raise InputError(f"'{path.stem}' is no name for a recipe; use letters, digits and _, as my_recipe")
     if path.exists():
         raise InputError(f"{path} is there already; choose another name")
-    if path.parent == Path() and importlib.util.find_spec(path.stem) is not None:
+    if path.stem in sys.modules or importlib.util.find_spec(path.stem) is not None:
         raise InputError(f"{path} would hide the module {path.stem} that is installed; choose another name")
     if not path.parent.is_dir():
         raise InputError(f"{path.parent} is no folder; make it first")

@@ -53,10 +53,10 @@ def sgd(
 def muon(model: nn.Module, cfg: Config, *, momentum: float = 0.95, lr_factors: LrFactors = None) -> optim.Optimizer:
     """Return Muon for the matrices of hidden layers and AdamW for everything else.
 
-    The rest are embeddings, biases, norms, convolutions (torch's Muon takes matrices alone) and the last Linear layer.
-    Muon's update is scaled to the size of AdamW's ("Muon is Scalable for LLM Training", 2025), so both take the
-    config's lr and weight decay. It is computed in bfloat16: how a batch is divided shows in the third digit of an
-    update. Raises InputError for a model without such matrices.
+    The rest are embeddings, biases, norms, convolutions (torch's Muon takes matrices alone) and the Linear layer that
+    is defined last, as a head is. Muon's update is scaled to the size of AdamW's ("Muon is Scalable for LLM Training",
+    2025), so both take the config's lr and weight decay. It is computed in bfloat16: how a batch is divided shows in
+    the third digit of an update. Raises InputError for a model without such matrices.
     """
     linear = [module.weight for module in model.modules() if isinstance(module, nn.Linear)]
     embedded = [module.weight for module in model.modules() if isinstance(module, nn.Embedding | nn.EmbeddingBag)]
@@ -84,6 +84,13 @@ class _Both(optim.Optimizer):
     def __init__(self, first: optim.Optimizer, second: optim.Optimizer) -> None:
         self.parts = (first, second)
         super().__init__([*first.param_groups, *second.param_groups], {})  # the very dicts: what is set here counts
+        first.state = second.state = self.state
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        super().load_state_dict(state_dict)
+        first, second = self.parts
+        first.param_groups = self.param_groups[: len(first.param_groups)]
+        second.param_groups = self.param_groups[len(first.param_groups) :]
         first.state = second.state = self.state
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closure is called, no loss returned
@@ -157,6 +164,12 @@ def set_factors(
     for group, own in zip(optimizer.param_groups, base, strict=True):
         group["lr"] = own["lr"] * lr * scale
     if isinstance(factors, dict) and "momentum" in factors:
+        for own in base:
+            if not 0 <= own.get("momentum", 0.0) * factors["momentum"] < 1:
+                raise InputError(
+                    f"schedule returned {factors}: momentum is a factor too, and {own['momentum']} times it must lie "
+                    "between 0 and 1"
+                )
         for group, own in zip(optimizer.param_groups, base, strict=True):
             if "betas" in group:
                 group["betas"] = (own["momentum"] * factors["momentum"], *group["betas"][1:])

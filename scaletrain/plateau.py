@@ -19,12 +19,16 @@ class Plateau:
     def __init__(self, factor: float = 0.1, patience: int = 10, threshold: float = 1e-4, smallest: float = 0.0) -> None:
         if not 0 < factor < 1:
             raise InputError(f"Plateau: factor is {factor}; it must lie between 0 and 1")
+        if not 0 <= smallest < 1 or patience < 0:
+            raise InputError(f"Plateau: smallest is {smallest}, from 0 to below 1; patience is {patience}, at least 0")
         self.factor, self.patience, self.threshold, self.smallest = factor, patience, threshold, smallest
         self._best: float | None = None
         self._without_progress = 0
 
     def __call__(self, run: Run, info: StepInfo) -> None:
         """Judge the validation of this step, if there was one."""
+        if "val" not in run.held_out:
+            raise InputError("Plateau needs validation examples, but the recipe's data has no val")
         if run.state.validated_step != info.step:
             return
         value = run.metrics[run.cfg.monitored_metric]

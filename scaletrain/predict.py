@@ -117,7 +117,7 @@ def config_of(recipe: Recipe, weights: Path) -> Config:
 def recipe_at(path: str) -> Recipe:
     """Import the recipe in the file ``path``: its name ``recipe``. Raises InputError where there is none."""
     file = Path(path)
-    if not file.is_file():
+    if not file.is_file() or file.suffix != ".py":
         raise InputError(f"{path}: no such recipe; give the path of its file, as recipes/cnn.py")
     spec = importlib.util.spec_from_file_location(file.stem, file)
     assert spec is not None

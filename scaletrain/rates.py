@@ -13,8 +13,8 @@ from scaletrain.feed import seed_everything
 from scaletrain.loop import steps as steps_of
 from scaletrain.recipe import Recipe
 
-DIVERGED = 4
-"""Times its lowest value that the loss may reach before the test ends."""
+DIVERGED = 3
+"""The loss may rise above its lowest by so many times its first value before the test ends."""
 SMOOTHED = 3
 """Neighbours on each side that a loss is averaged with."""
 
@@ -87,7 +87,9 @@ def range_test(recipe: Recipe, cfg: Config, *, low: float = 1e-6, high: float = 
     losses: list[float] = []
     for info in steps_of(run):
         rate, loss = low * ratio ** (info.step - 1), run.mean(info.loss)  # waits for the device
-        if not isfinite(loss) or not bool(info.finite) or loss > DIVERGED * min([loss, *losses]):
+        if run.gradients.scaler is not None and not info.finite and isfinite(loss):
+            continue  # fp16's scaler looks for its scale
+        if not isfinite(loss) or not info.finite or loss - min([loss, *losses]) > DIVERGED * abs([*losses, loss][0]):
             return _judged(rates, losses, diverged=rate)
         rates.append(rate)
         losses.append(loss)

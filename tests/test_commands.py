@@ -12,8 +12,7 @@ from launching import RECIPES, TORCHRUN, launch
 from PIL import Image
 from test_checkpoints import ends_with
 
-from recipes import cnn
-from scaletrain import Config, Data, InputError, Recipe, one_cycle, warmup_cosine
+from scaletrain import Config, Data, Recipe, one_cycle, warmup_cosine
 from scaletrain.cli import main as command
 from scaletrain.new import recipes
 from scaletrain.rates import range_test, rates_of
@@ -69,6 +68,9 @@ def test_a_new_recipe_may_lie_in_a_folder(capsys):
         (("torch",), "torch.py would hide the module torch that is installed; choose another name"),
         (("there",), "there.py is there already; choose another name"),
         (("nowhere/mine",), "nowhere is no folder; make it first"),
+        (("class",), "'class' is no name for a recipe"),
+        (("mine/torch",), "mine/torch.py would hide the module torch"),
+        (("__main__",), "__main__.py would hide the module"),
         (("mine", "--lik", "cnn"), "unknown option --lik; see --help"),
     ],
 )
@@ -118,6 +120,7 @@ def test_the_schedule_of_a_number_of_steps_reads_no_data():
         ((CNN, "--epoch", "5"), "unknown option --epoch; did you mean --epochs?"),
         ((CNN, "--epochs", "-5"), "--epochs is -5.0; it must be a finite number above 0"),
         (("nowhere.py",), "nowhere.py: no such recipe; give the path of its file"),
+        ((str(RECIPES / "README.md"),), "README.md: no such recipe; give the path of its file"),
         ((CNN, "--max-steps", "5", "--to", "rate.xyz"), "rate.xyz: Format 'xyz' is not supported"),
         ((CNN, "--max-steps", "5", "--to", "nowhere/rate.png"), "nowhere/rate.png: No such file or directory"),
     ],
@@ -218,9 +221,24 @@ def test_curves_without_their_libraries_are_one_line(monkeypatch, capsys):
     assert "pip install 'scaletrain[plot]'" in refuses(capsys, "schedule", CNN, "--max-steps", "5")
 
 
-def test_the_rate_of_the_suggestion_learns(tmp_path):
-    found = range_test(cnn.recipe, cnn.CNNConfig(width=4, threads=1), steps=60)
-    assert 1e-4 < found.suggestion < 1e-1
-    assert isinstance(found.suggestion, float)
-    with pytest.raises(InputError):
-        range_test(cnn.recipe, cnn.CNNConfig(), low=-1)
+def test_a_loss_below_zero_is_followed_too():
+    recipe = bowl(1.0)
+    below = replace(recipe, loss=lambda model, batch, cfg: recipe.loss(model, batch, cfg) - 100)
+    found, wanted = (range_test(one, Config(), high=1e3, steps=200) for one in (below, recipe))
+    assert found.suggestion == pytest.approx(wanted.suggestion)
+
+
+def test_a_loss_that_compares_each_output_with_every_target_is_refused_here_too(capsys):
+    Path("wrong.py").write_text(
+        "from dataclasses import replace\nimport torch.nn.functional as F\nfrom recipes import regression\n"
+        "def loss(model, batch, cfg): return F.mse_loss(model.predict(batch['features'])[:, None], batch['target'])\n"
+        "recipe = replace(regression.recipe, loss=loss)\n"
+    )
+    said = refuses(capsys, "lr-find", "wrong.py")
+    assert "use .squeeze(-1) on the output" in said
+
+
+def test_a_folder_for_what_is_not_kept_is_told_of(capsys):
+    said = says(capsys, "lr-find", RECIPES / "mlp.py", "--steps", "60", "--out", "here")
+    assert said.startswith("warning: --out here has no effect")
+    assert not Path("here").exists()

@@ -74,7 +74,7 @@ def test_every_option_and_name_of_its_table_exists(digits):
     import scaletrain
 
     text = PAGE.read_text()
-    table = text[text.index("## Techniques") : text.index("Each works with the others")]
+    table = text[text.index("## Techniques") : text.index("They work together")]
     named = set(
         re.findall(r"\b(sgd|adam|muon|partial|mixup|cutmix|Plateau|torch_schedule|\w+_decay|\w*cosine)\b", table)
     )

@@ -61,6 +61,56 @@ MISFITS = {
     "features of a norm": (lambda: nn.BatchNorm1d(4)(FLOATS), "its second dimension must be 4"),
 }
 
+WHOLE_FROM_MINUS_1 = torch.arange(N) % C - 1
+
+
+def in_bfloat16(work):
+    """Run as most GPUs do: weights stay float32 there, and inputs of another type are no fault."""
+    with torch.autocast("cpu", torch.bfloat16):
+        return work()
+
+
+MISFITS |= {
+    "shares of other classes": (
+        lambda: F.cross_entropy(FLOATS, torch.rand(N, 5)),
+        "as shares of the classes the labels must have the output's shape",
+    ),
+    "a narrow layer in autocast": (
+        lambda: in_bfloat16(lambda: nn.Linear(5, 2)(FLOATS.bfloat16())),
+        "is bfloat16 (8, 3); its last dimension must be 5",
+    ),
+    "more labels than classes in autocast": (
+        lambda: in_bfloat16(lambda: F.cross_entropy(nn.Linear(3, 2)(FLOATS), WHOLE)),
+        "labels go from 0 to 2, but the model's output has 2 classes",
+    ),
+    "too few classes though some labels are ignored": (
+        lambda: F.cross_entropy(FLOATS[:, :1], WHOLE_FROM_MINUS_1, ignore_index=-1),
+        "labels go from 0 to 1, but the model's output has 1 classes",
+    ),
+}
+OTHERS = {
+    "a kernel larger than the image": lambda: in_bfloat16(lambda: nn.Conv2d(3, 4, 9)(torch.randn(2, 3, 5, 5))),
+    "one value per channel": lambda: nn.BatchNorm1d(3)(FLOATS[:1]),
+    "weights of classes": lambda: F.cross_entropy(FLOATS, WHOLE_FROM_MINUS_1, torch.ones(2), ignore_index=-1),
+    "an index out of a bag": lambda: nn.EmbeddingBag(4, 3)(torch.tensor([[9]])),
+    "out of memory": lambda: with_oom(nn.Linear(3, 2)),
+}
+
+
+def with_oom(layer):
+    def full(*args):
+        raise torch.OutOfMemoryError("CUDA out of memory; dtype float32")
+
+    layer.register_forward_pre_hook(full)
+    return layer(FLOATS.double())
+
+
+@pytest.mark.parametrize("wrong", OTHERS.values(), ids=OTHERS)
+def test_what_is_not_known_for_sure_keeps_its_traceback(wrong):
+    with pytest.raises((RuntimeError, ValueError, IndexError)) as caught:
+        wrong()
+    assert explain(caught.value) is None
+
 
 @pytest.mark.parametrize(("misfit", "wanted"), MISFITS.values(), ids=MISFITS)
 def test_a_misfit_is_told_from_the_tensors_themselves(misfit, wanted):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from test_checkpoints import ends_with
-from test_faults_resume import check_every_step
+from test_faults_resume import STEPS, as_left_after, check_every_step, config, run_to_the_end
 from test_same_curve import close, curve
 from torch import nn
 from torch.optim import lr_scheduler
@@ -22,6 +22,7 @@ from recipes import cnn
 from recipes.models import Transformer
 from scaletrain import (
     Config,
+    Data,
     InputError,
     Plateau,
     adam,
@@ -44,7 +45,8 @@ from scaletrain.blocks import blocks
 from scaletrain.checkpoint.export import export
 from scaletrain.checkpoint.load import load_new
 from scaletrain.checkpoint.verify import open_checkpoint
-from scaletrain.optimizers import describe
+from scaletrain.optimizers import base_values, describe, set_factors
+from scaletrain.state import State
 
 OPTIMIZERS = {
     "sgd": sgd,
@@ -263,14 +265,8 @@ class Judged:
 
     def __init__(self, monitor):
         self.cfg, self.metrics = Config(monitor=monitor), {}
-        self.state = tiny_state()
+        self.state, self.held_out = State(step=1, validated_step=1), {"val": None}
         self.tracking = type("", (), {"say": staticmethod(lambda text: None)})
-
-
-def tiny_state():
-    from scaletrain.state import State
-
-    return State(step=1, validated_step=1)
 
 
 @pytest.mark.parametrize("mode", ["min", "max"])
@@ -427,6 +423,7 @@ def test_the_average_can_be_begun_and_left_in_a_run_that_goes_on(tmp_path):
     average = load_new(newest, "ema")
     weights = load_new(newest, "model")
     for name in average:  # it lies between the weights that it began with and the last
+        assert not torch.equal(average[name], weights[name])
         assert torch.linalg.vector_norm(average[name] - weights[name]) < torch.linalg.vector_norm(
             start_at[name] - weights[name]
         )
@@ -456,6 +453,20 @@ def test_clipping_by_value_is_torchs(tmp_path, micro_batch_size):
     close(curve(tiny.recipe, cfg, tmp_path / "run")[1], wanted, 1e-9)
     with pytest.raises(AssertionError):
         close(curve(tiny.recipe, replace(cfg, max_grad_value=None), tmp_path / "other")[1], wanted, 1e-3)
+
+
+@pytest.mark.parametrize("clipping", [{}, {"max_grad_norm": 0.5}, {"max_grad_value": 0.5}])
+def test_an_infinite_gradient_is_found_before_it_is_cut_off(clipping, tmp_path):
+    def endless(model, batch, cfg):
+        return tiny.loss(model, batch, cfg) + (model[0].weight[0, 0] - model[0].weight[0, 0].detach()).sqrt()
+
+    run = start(
+        replace(tiny.recipe, loss=endless), tiny.TinyConfig(max_steps=2, ema=0.5, out=str(tmp_path), **clipping)
+    )
+    before = {name: tensor.clone() for name, tensor in run.module.state_dict().items()}
+    assert [bool(info.finite) for info in steps(run)] == [False, False]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in run.module.state_dict().items())
+    assert run.gradients.skipped == 2
 
 
 # MixUp and CutMix
@@ -584,6 +595,11 @@ def noisy_blocks(cfg, data):
     return net.double() if cfg.plain else net
 
 
+def mixed(batch, cfg):
+    x, y = mixup(batch["x"], batch["y"], 3, alpha=0.4)
+    return batch | {"x": x, "y": y}
+
+
 def noisy_with(optimizer):
     return replace(noisy.recipe, optimizer=optimizer, model=noisy_blocks)
 
@@ -616,9 +632,74 @@ def test_a_run_with_it_goes_on_from_every_step_with_the_same_bits(technique, tmp
     check_every_step(recipe, tmp_path, (3,), **options)
 
 
+@pytest.mark.usefixtures("silent")
+@pytest.mark.parametrize("technique", TECHNIQUES)
+def test_in_bfloat16_it_learns_and_goes_on_with_the_same_bits(technique, tmp_path):
+    recipe, options = TECHNIQUES[technique]
+    options = {"precision": "bf16", "max_steps": STEPS, "validate_every": 3} | options
+    whole = config(tmp_path / "whole", **options, checkpoint_every=1, keep_last=99)
+    wanted, run = run_to_the_end(recipe, whole)
+    assert math.isfinite(run.state.best)
+    as_left_after(4, tmp_path / "whole", tmp_path / "again")
+    found, _ = run_to_the_end(recipe, config(tmp_path / "again", **options))
+    assert found == {step: bits for step, bits in wanted.items() if step > 4}
+
+
+def test_a_run_told_to_leave_in_a_validation_of_the_average_goes_on_with_the_same_bits(tmp_path, capsys):
+    options = ["--max-steps", "8", "--validate-every", "3", "--ema", "0.9"]
+    main(noisy.recipe, [*options, "--out", str(tmp_path / "whole")])
+    left = [*options, "--out", str(tmp_path / "left"), "--moment", "validating"]
+    noisy.forget_moments(after=1)  # the one before the first step does not count
+    with pytest.raises(SystemExit) as ended:
+        main(noisy.recipe, left)
+    assert ended.value.code == 75
+    main(noisy.recipe, left)
+    for name in ("model.safetensors", "metrics.jsonl"):
+        assert (tmp_path / "left" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [({"factor": 1.0}, "factor is 1"), ({"smallest": 2.0}, "smallest is 2"), ({"patience": -1}, "patience is -1")],
+)
+def test_a_plateau_that_cannot_be_is_refused(options, said):
+    with pytest.raises(InputError, match=said):
+        Plateau(**options)
+
+
+def test_a_plateau_without_validation_is_one_line(capsys, tmp_path):
+    recipe = replace(tiny.recipe, data=lambda cfg: Data(tiny.table()), hooks=lambda cfg: [Plateau()])
+    said = ends_with(2, capsys, lambda: main(recipe, ["--max-steps", "2", "--out", str(tmp_path)]))
+    assert "Plateau needs validation examples" in said
+
+
+@pytest.mark.parametrize("momentum", [1.2, -1.0, math.nan])
+def test_a_momentum_that_none_can_be_is_refused(momentum):
+    opt = sgd(Deep(), Config())
+    with pytest.raises(InputError, match=r"momentum is a factor too, and 0\.9 times it"):
+        set_factors(opt, base_values(opt), {"lr": 1.0, "momentum": momentum})
+
+
+def test_the_state_of_muon_and_adamw_can_be_loaded_as_any_optimizers():
+    ours, again = (muon(Deep(dropout=0.0), Config(lr=0.02)) for _ in range(2))
+    for parameter in ours.param_groups[0]["params"]:
+        parameter.grad = torch.ones_like(parameter)
+    ours.step()
+    again.load_state_dict(ours.state_dict())
+    assert all(part.state is again.state for part in again.parts)
+    again.param_groups[0]["lr"] = 7.0
+    assert again.parts[0].param_groups[0]["lr"] == 7.0
+
+
 TOGETHER = (
-    (noisy_with(OPTIMIZERS["sgd with Nesterov"]), {"ema": 0.9, "max_grad_value": 0.02}),
-    (noisy_with(adamw), {"activation_checkpointing": True, "precision": "bf16", "patience": 2, "ema": 0.5}),
+    (
+        noisy_with(partial(sgd, nesterov=True, lr_factors={"1.blocks": 0.1})),
+        {"ema": 0.9, "max_grad_value": 0.02},
+    ),
+    (
+        replace(noisy_with(adamw), augment=mixed, schedule=torch_schedule(TORCHS["OneCycleLR"])),
+        {"activation_checkpointing": True, "precision": "bf16", "patience": 2, "ema": 0.5},
+    ),
     (replace(TECHNIQUES["plateau"][0], optimizer=muon, model=noisy_blocks), {"lr": 0.3, "max_grad_norm": 0.1}),
 )
 

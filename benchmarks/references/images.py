@@ -2,7 +2,7 @@
 
 Each takes a seed and returns metrics named as in the recipe's ``expect``. The settings are the usual good ones, the
 same for every seed. A loop trains the recipe's own network at the recipe's settings, and keeps the weights of the
-epoch with the lowest validation loss, as a run does.
+epoch that is best by the metric that the recipe monitors, as a run does.
 """
 
 from collections.abc import Callable
@@ -79,7 +79,7 @@ def train(model: nn.Module, optimizer: optim.Optimizer, recipe: Recipe, cfg: Con
     total = epochs * -(-n // cfg.batch_size)
     schedule = optim.lr_scheduler.LambdaLR(optimizer, lambda step: recipe.schedule(step, total, cfg))
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(cfg.ema)) if cfg.ema else None
-    best, accuracy, weights = float("inf"), 0.0, model.state_dict()
+    best, accuracy, weights = float("-inf"), 0.0, model.state_dict()
     for _ in range(epochs):
         model.train()
         for rows in torch.randperm(n).split(cfg.batch_size):
@@ -95,9 +95,10 @@ def train(model: nn.Module, optimizer: optim.Optimizer, recipe: Recipe, cfg: Con
         measured.eval()
         with torch.inference_mode():
             logits = measured(data.val["image"])
-            val_loss = F.cross_entropy(logits, data.val["label"]).item()
-        if val_loss < best:
-            best, accuracy = val_loss, (logits.argmax(1) == data.val["label"]).float().mean().item()
+            right = (logits.argmax(1) == data.val["label"]).float().mean().item()
+            score = right if cfg.higher_is_better else -F.cross_entropy(logits, data.val["label"]).item()
+        if score > best:
+            best, accuracy = score, right
             weights = {name: tensor.clone() for name, tensor in measured.state_dict().items()}
     model.load_state_dict(weights)
     return accuracy

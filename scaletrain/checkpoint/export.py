@@ -60,7 +60,7 @@ def load_weights(model: nn.Module, path: str | Path, *, skip: Sequence[str] = ()
     check_bools(path.parent.resolve(), {path.name: pieces})
     found = {name: (piece.shape, piece.dtype) for name, piece in pieces.items() if not _is_below(name, skip)}
     wanted = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
-    for name in wanted.keys() | found.keys():
+    for name in wanted | found:
         if wanted.get(name) != found.get(name):
             raise CheckpointError(
                 "names",

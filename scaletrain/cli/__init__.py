@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
 
@@ -11,7 +12,7 @@ import tyro
 
 from scaletrain.cli.ckpt import Ckpt
 from scaletrain.cli.recipes import LrFind, New, Predict, Schedule
-from scaletrain.errors import CHECKPOINT, DONE, INPUT, CheckpointError, InputError
+from scaletrain.errors import BROADCASTS, CHECKPOINT, DONE, INPUT, CheckpointError, InputError
 
 COMMANDS = Annotated[
     Annotated[New, tyro.conf.subcommand("new")]
@@ -28,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     args = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     command: Any
     command, rest = tyro.cli(COMMANDS, prog="scaletrain", args=args, description=__doc__, return_unknown_args=True)
+    warnings.filterwarnings("error", BROADCASTS)
     try:
         if isinstance(command, Schedule | LrFind):
             code = command.action(rest)
@@ -45,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         sys.exit(DONE)
     except OSError as error:
         _fail(INPUT, f"{error.filename}: {error.strerror}" if error.filename else str(error))
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
+    except Exception as error:
         from scaletrain.misfit import explain
 
         if line := explain(error):

@@ -81,7 +81,10 @@ class LrFind:
         from scaletrain.rates import range_test
 
         recipe = recipe_at(self.recipe)
-        found = range_test(recipe, parse(recipe.config, options), low=self.low, high=self.high, steps=self.steps)
+        cfg = parse(recipe.config, options)
+        if cfg.out is not None and is_first_process():
+            print(f"warning: --out {cfg.out} has no effect: nothing of this is kept")
+        found = range_test(recipe, cfg, low=self.low, high=self.high, steps=self.steps)
         if is_first_process():
             curves = {"loss": found.losses, "smoothed": found.smoothed}
             draw(found.rates, curves, "learning rate", Path(self.recipe).stem, self.to, log=True)

@@ -32,9 +32,11 @@ class Gradients:
         self._one = torch.ones((), device=devices.device)
         self._true = torch.ones((), dtype=torch.bool, device=devices.device)
         self._found = torch.zeros((), device=devices.device)
+        self._looked = False
 
     def zero(self) -> None:
         """Forget the gradients, without the 8 us that ``optimizer.zero_grad()`` takes on a small model."""
+        self._looked = False
         for parameter in self.parameters:
             parameter.grad = None
 
@@ -55,6 +57,7 @@ class Gradients:
         if self.scaler is not None:
             self.scaler.unscale_(self._optimizer)
         if self._max_value is not None:
+            self._look()  # before an infinite gradient is cut off like any other
             clip_grad_value_(self.parameters, self._max_value)
         if self._max_norm is None:
             return None
@@ -66,16 +69,7 @@ class Gradients:
         The gradient is averaged by now, or the flag is shared, so every process decides alike. Optimizers that
         take ``found_inf`` skip on the device; for others on an accelerator this waits for the device.
         """
-        found = self._found.zero_()
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if self.sharded:
-            gradients = [local_part(gradient) for gradient in gradients]
-        if self._plain:  # 3 us on a small model, where a norm takes 25
-            torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, self._one)
-        else:
-            found.copy_(any_not_finite(gradients))
-        if self.sharded:  # each rank has seen its own part alone
-            self._devices.sum(found)
+        found = self._found if self._looked else self._look()
         if self.scaler is not None:
             self.scaler.step(self._optimizer)
             self.scaler.update()
@@ -87,6 +81,20 @@ class Gradients:
             return self._true
         self.skipped += found
         return found == 0
+
+    def _look(self) -> Tensor:
+        """Return whether a gradient is NaN or infinite, 0-d, above 0 if so. Every rank must reach this line."""
+        found, self._looked = self._found.zero_(), True
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if self.sharded:
+            gradients = [local_part(gradient) for gradient in gradients]
+        if self._plain:  # 3 us on a small model, where a norm takes 25
+            torch._amp_foreach_non_finite_check_and_unscale_(gradients, found, self._one)
+        else:
+            found.copy_(any_not_finite(gradients))
+        if self.sharded:  # each rank has seen its own part alone
+            self._devices.sum(found)
+        return found
 
 
 def any_not_finite(gradients: list[Tensor]) -> Tensor:

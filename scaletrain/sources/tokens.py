@@ -57,6 +57,8 @@ def load(name: str, length: int, split_seed: int | None, val_share: float) -> Da
     """
     if length < 1:
         raise InputError(f"length is {length}; it is the number of tokens of an example, at least 1")
+    if split_seed is not None and not 0 < val_share < 1:
+        raise InputError(f"val_share is {val_share}; it is a share of the tokens, between 0 and 1")
     tokens = _tokens(name)
     held_out = 0 if split_seed is None else round(val_share * len(tokens))
     parts = [tokens[: len(tokens) - held_out], tokens[len(tokens) - held_out :]]
