@@ -79,7 +79,8 @@ def test_the_configs_are_these():
 def test_an_unknown_recipe_is_named():
     ended = launch(ROOT / "launch" / "local.sh", "cn")
     assert ended.returncode == 2
-    assert ended.stderr == "error: no recipe 'cn'; there are: cnn cnn_own_loop cnn_sam mlp\n"
+    there = "binary cnn cnn_own_loop cnn_sam finetune lm mlp multilabel regression text vit"
+    assert ended.stderr == f"error: no recipe 'cn'; there are: {there}\n"
 
 
 def test_make_alone_prints_the_targets():

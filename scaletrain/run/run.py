@@ -1,8 +1,7 @@
 """Everything the loop touches, built once from a recipe and a config."""
 
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -29,6 +28,7 @@ from scaletrain.permutation import MASK, STRIDE, seed_for
 from scaletrain.recipe import Hook, Metric, Recipe
 from scaletrain.run.capture import captured
 from scaletrain.run.ending import replaced, say_outcome, take_best, write_outcome
+from scaletrain.run.evaluating import evaluating
 from scaletrain.run.gradients import Gradients
 from scaletrain.run.info import Result, StepInfo
 from scaletrain.run.requests import Requests
@@ -95,7 +95,7 @@ class Run:
         """Lines of metrics.jsonl and timing.jsonl when it was handed out."""
         self.result_step = -1
         """Step whose weights are the result of the run, once training is over."""
-        self._due_with: list[tuple[int, int]] = []
+        self.due_with: list[tuple[int, int]] = []
         """The weights as they were when a validation was found due; empty outside of such a one."""
 
     def stopping(self) -> bool:
@@ -177,10 +177,10 @@ class Run:
 
     def _due(self, split: str, due: bool) -> bool:
         due = due and split in self.held_out
-        self._due_with = self._weights() if due else []
+        self.due_with = self.weights() if due else []
         return due
 
-    def _weights(self) -> list[tuple[int, int]]:
+    def weights(self) -> list[tuple[int, int]]:
         """Tell whether the weights are still the same tensors and nothing has been written to them."""
         return [(p.data_ptr(), p._version) for p in map(local_part, self.module.parameters())]
 
@@ -201,39 +201,12 @@ class Run:
         self.state.skipped += new
         return new
 
-    @contextmanager
-    def evaluating(self) -> Iterator[None]:
+    def evaluating(self) -> AbstractContextManager[None]:
         """Put the model into eval mode with rank 0's buffers, averaged weights and without gradients, and back.
 
         Every rank must reach this line.
         """
-        started = time.perf_counter()
-        self.devices.broadcast_buffers(self.module)
-        modes = [(module, module.training) for module in self.module.modules()]
-        self.module.eval()
-        try:
-            # what FSDP2 gathers in inference mode it cannot train with
-            with self._averaged(), torch.no_grad() if self.gradients.sharded else torch.inference_mode():
-                yield
-        finally:
-            for module, training in modes:
-                module.training = training
-            self.paused_seconds += time.perf_counter() - started
-
-    @contextmanager
-    def _averaged(self) -> Iterator[None]:
-        """Give the model the moving average of its weights, where there is one, and back."""
-        if self.ema is None or self.ema.in_use:
-            yield
-            return
-        held = self._due_with == self._weights()
-        self.ema.swap()
-        self._due_with = self._weights() if held else []
-        try:
-            yield
-        finally:
-            if self.ema.in_use:
-                self.ema.swap()
+        return evaluating(self)
 
     def evaluate(self, batch: Batch) -> dict[str, Metric]:
         """Return the recipe's figures of a batch; without ``evaluate``, its mean loss.
@@ -242,7 +215,7 @@ class Run:
         own or with other weights, which are not to be saved. Every rank must reach this line.
         """
         code = self.requests.told_to_leave()
-        if code and self.saver is not None and self._due_with == self._weights():
+        if code and self.saver is not None and self.due_with == self.weights():
             self.leave(code)
         with self.devices.autocast():
             if self.recipe.evaluate is None:
@@ -255,7 +228,7 @@ class Run:
 
     def measured(self, split: str, figures: dict[str, float]) -> dict[str, float]:
         """Keep what a validation or test found; return it with the split's name in front: ``val_loss``."""
-        self._due_with = []
+        self.due_with = []
         metrics = {f"{split}_{name}": value for name, value in figures.items()}
         self.metrics.update(metrics)
         if split == "test":
