@@ -26,7 +26,7 @@ setup: .venv/.installed ## make .venv with the pinned versions
 train: .venv/.installed ## train a recipe: make train RECIPE=mlp ARGS="--lr 3e-3"
 	@launch/local.sh $(RECIPE) $(ARGS)
 
-test: .venv/.installed ## run the tests (under 10 minutes on two cores)
+test: .venv/.installed ## run the tests (about 11 minutes on two cores)
 	@$(TESTS) $(BIN)/python -m pytest $(TWO_AT_A_TIME) $(ARGS)
 
 test-faults: .venv/.installed ## all of the fault matrix: kills, full disks, hostile files (under an hour)
