@@ -18,7 +18,7 @@ def own_loop(run: Run) -> None:
             run.log(validate(run) | {"train_loss": run.mean_train_loss()})
         for hook in run.hooks:
             hook(run, info)
-    if run.state.validated_step < run.state.step:  # stopped between two validations
+    if run.validation_missed():  # stopped between two of them
         run.log(validate(run) | {"train_loss": run.mean_train_loss()})
 
 

@@ -8,13 +8,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_checkpoints import assert_same_end, ends_with, left_after
 from torch import nn
 
-from recipes import cnn, finetune, vit
-from scaletrain import Data, InputError, main, start, steps
+from recipes import cnn, cnn_own_loop, finetune, vit
+from scaletrain import Data, InputError, main, start, steps, train
 from scaletrain.devices import seed_generators
 
 SMALL = ["--width", "4", "--batch-size", "32", "--threads", "1"]
@@ -315,6 +316,28 @@ def test_the_vit_and_the_cnn_with_group_norm_have_the_same_losses_on_two_process
         for micro in (None, 3):
             out = str(shared_path / f"{size}-{micro}")
             assert losses(recipe, replace(cfg, micro_batch_size=micro, out=out)) == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.world_size(2)
+def test_the_loop_written_out_and_finetuning_have_the_same_losses_on_two_processes(shared_path, tmp_path):
+    small = {"width": 4, "max_steps": 10, "batch_size": 13, "threads": 1, "dropout": 0.0, "log_every": 1}
+    weights = tmp_path / "base.safetensors"  # the rank's own, and the same
+    torch.manual_seed(1)
+    save_file(cnn.SmallCNN(10, width=4).state_dict(), weights)
+    for name, recipe, cfg, loop in (
+        ("own_loop", cnn.recipe, cnn.CNNConfig(**small), cnn_own_loop.own_loop),
+        ("finetune", finetune.recipe, finetune.FinetuneConfig(weights=str(weights), **small), train),
+    ):
+        recipe = replace(recipe, data=lambda cfg: images())
+        wanted = plain_losses(recipe, cfg)
+        for micro in (None, 3):
+            out = shared_path / f"{name}-{micro}"
+            run = start(recipe, replace(cfg, micro_batch_size=micro, out=str(out)))
+            loop(run)
+            run.finish()
+            dist.barrier()
+            lines = map(json.loads, (out / "metrics.jsonl").read_text().splitlines())
+            assert [line["loss"] for line in lines if "loss" in line] == pytest.approx(wanted, rel=1e-6)
 
 
 # finetune

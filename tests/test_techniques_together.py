@@ -32,7 +32,9 @@ from scaletrain import (
     train,
     validate,
 )
+from scaletrain.devices import Devices
 from scaletrain.optimizers import base_values, set_factors
+from scaletrain.run.gradients import Gradients
 
 # Each with everything else
 
@@ -90,6 +92,44 @@ def test_in_bfloat16_it_learns_and_goes_on_with_the_same_bits(technique, tmp_pat
     as_left_after(4, tmp_path / "whole", tmp_path / "again")
     found, _ = run_to_the_end(recipe, config(tmp_path / "again", **options))
     assert found == {step: bits for step, bits in wanted.items() if step > 4}
+
+
+@pytest.fixture
+def half(monkeypatch):
+    """float16 and its scaler on the CPU, where a run refuses them; the first scale is too large."""
+
+    def with_scaler(self, *args):
+        built(self, *args)
+        self.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**26, growth_interval=3)
+
+    built = Gradients.__init__
+    monkeypatch.setattr(Gradients, "__init__", with_scaler)
+    monkeypatch.setattr(Devices, "autocast", lambda self: torch.autocast("cpu", torch.float16))
+
+
+def averaged_weights(run):
+    return [tensor.clone() for tensor in run.ema.tensors.values()]
+
+
+@pytest.mark.usefixtures("silent", "half")
+@pytest.mark.parametrize("technique", [name for name in TECHNIQUES if "bfloat16" not in name])
+def test_in_float16_with_a_scaler_it_goes_on_with_the_same_bits(technique, tmp_path):
+    recipe, options = TECHNIQUES[technique]
+    check_every_step(recipe, tmp_path, (3,), steps=(1, 4, 6), **options)
+
+
+@pytest.mark.usefixtures("silent", "half")
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_a_step_that_the_scaler_skips_leaves_weights_and_average_alone(optimizer, tmp_path):
+    run = start(noisy_with(OPTIMIZERS[optimizer]), config(tmp_path, ema=0.9, max_grad_value=0.02, max_steps=30))
+    kept, finite = [[*map(torch.clone, run.gradients.parameters), *averaged_weights(run)]], []
+    for info in steps(run):
+        kept.append([*map(torch.clone, run.gradients.parameters), *averaged_weights(run)])
+        finite.append(bool(info.finite))
+    assert not finite[0]
+    assert sum(finite) > 10
+    for before, after, moved in zip(kept, kept[1:], finite, strict=True):
+        assert all(map(torch.equal, before, after)) == (not moved)
 
 
 def test_a_run_told_to_leave_in_a_validation_of_the_average_goes_on_with_the_same_bits(tmp_path, capsys):
