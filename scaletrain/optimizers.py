@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from math import inf, isfinite
 from typing import Any
 
+import torch
 from torch import Tensor, nn, optim
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -134,6 +135,17 @@ def parameter_groups(
             group["lr"] = lr * factors.get(name, 1.0)
         found.extend([group] if parameters else [])
     return found
+
+
+def begin_momentum(optimizer: optim.Optimizer) -> None:
+    """Let fused SGD begin with a momentum of zero, which changes nothing but a first step that is skipped.
+
+    Without it such a step leaves uninitialized memory for the momentum (torch 2.13), and fp16 begins with skips.
+    """
+    for group in optimizer.param_groups if isinstance(optimizer, optim.SGD) else ():
+        if group["fused"] and group["momentum"] and not group["dampening"]:
+            for parameter in group["params"]:
+                optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def describe(optimizer: optim.Optimizer) -> str:

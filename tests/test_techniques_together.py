@@ -115,7 +115,7 @@ def averaged_weights(run):
 @pytest.mark.parametrize("technique", [name for name in TECHNIQUES if "bfloat16" not in name])
 def test_in_float16_with_a_scaler_it_goes_on_with_the_same_bits(technique, tmp_path):
     recipe, options = TECHNIQUES[technique]
-    check_every_step(recipe, tmp_path, (3,), steps=(1, 4, 6), **options)
+    check_every_step(recipe, tmp_path, (3,), steps=(4,), **options)
 
 
 @pytest.mark.usefixtures("silent", "half")
@@ -127,8 +127,8 @@ def test_a_step_that_the_scaler_skips_leaves_weights_and_average_alone(optimizer
         kept.append([*map(torch.clone, run.gradients.parameters), *averaged_weights(run)])
         finite.append(bool(info.finite))
     assert not finite[0]
-    assert sum(finite) > 10
-    for before, after, moved in zip(kept, kept[1:], finite, strict=True):
+    assert sum(finite) > 10, (finite, run.gradients.scaler.get_scale())
+    for before, after, moved in zip(kept[:-1], kept[1:], finite, strict=True):
         assert all(map(torch.equal, before, after)) == (not moved)
 
 

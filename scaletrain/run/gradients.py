@@ -9,6 +9,7 @@ from torch.nn.utils import clip_grad_norm_, clip_grad_value_
 from scaletrain.checkpoint.tensors import is_sharded, local_part
 from scaletrain.config import Config
 from scaletrain.devices import NOTHING, Devices
+from scaletrain.optimizers import begin_momentum
 
 
 class Gradients:
@@ -33,6 +34,7 @@ class Gradients:
         self._true = torch.ones((), dtype=torch.bool, device=devices.device)
         self._found = torch.zeros((), device=devices.device)
         self._looked = False
+        begin_momentum(optimizer)
 
     def zero(self) -> None:
         """Forget the gradients, without the 8 us that ``optimizer.zero_grad()`` takes on a small model."""
