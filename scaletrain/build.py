@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from scaletrain.agreement import gather_texts, together
 from scaletrain.batches import length
-from scaletrain.blocks import recompute_blocks
+from scaletrain.blocks import compile_blocks, recompute_blocks
 from scaletrain.config import Config
 from scaletrain.content import fingerprint
 from scaletrain.data import Data
@@ -26,6 +26,7 @@ from scaletrain.optimizer_state import parameter_names
 from scaletrain.recipe import Recipe
 from scaletrain.run import Run, Step
 from scaletrain.run.resume import identity
+from scaletrain.sharding import recomputes, shard
 from scaletrain.signals import Signals
 
 
@@ -124,11 +125,16 @@ def build_model(recipe: Recipe, cfg: Config, data: Data, devices: Devices) -> tu
             raise InputError(f"the model's state '{name}' is a {type(value).__name__}; only tensors can be saved")
     if not module.training:
         module.train()
-    if cfg.activation_checkpointing:
-        recompute_blocks(module)
-    if cfg.compile:
-        module.compile()
     accelerator = devices.accelerator
+    if cfg.activation_checkpointing or (devices.sharded and recomputes(accelerator)):
+        recompute_blocks(module)
+    if cfg.compile_blocks or (cfg.compile and devices.sharded):
+        compile_blocks(module)
+    elif cfg.compile:
+        module.compile()
+    if devices.sharded:
+        shard(module, accelerator)
+        return module, module
     model = accelerator.prepare_model(module)
     module = accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # the loop has its own autocast
     return module, model

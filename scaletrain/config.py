@@ -15,7 +15,8 @@ from scaletrain.errors import InputError
 
 NOT_LEARNED_FROM = (
     "out", "resume", "checkpoint_every", "checkpoint_minutes", "keep_last", "keep_every",
-    "threads", "workers", "track", "log_every", "compile", "activation_checkpointing",
+    "threads", "workers", "track", "log_every", "compile", "compile_blocks",
+    "activation_checkpointing",
 )  # fmt: skip
 """Options that say where and how a run works, not what is learned."""
 
@@ -51,7 +52,9 @@ class Config:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of the forward pass. auto: bf16 or fp16 on CUDA GPUs, fp32 elsewhere."""
     compile: bool = False
-    """Compile the model with torch.compile."""
+    """Compile the model with torch.compile. Where it is sharded: its blocks."""
+    compile_blocks: bool = False
+    """Compile each block of the model (its nn.ModuleList) alone, which takes a fraction of the time."""
     activation_checkpointing: bool = False
     """Compute the blocks of the model (its nn.ModuleList) again in the backward pass instead of keeping them."""
     threads: int | None = None

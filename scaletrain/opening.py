@@ -175,10 +175,11 @@ def introduction(run: Run, name: str) -> list[str]:
     parameters = sum(p.numel() for p in module.parameters())
     frozen = sum(p.numel() for p in module.parameters() if not p.requires_grad)
     model = str(module)
-    shown = model if model.count("\n") < MODEL_LINES else type(module).__name__
+    shown = (model if model.count("\n") < MODEL_LINES else type(module).__name__).removeprefix("FSDP")
     share = -(-cfg.batch_size // devices.world_size)
     count = run.loader.micro_batches
     processes = "1 process" if devices.world_size == 1 else f"{devices.world_size} processes"
+    processes += ", the model divided over them (FSDP2)," if devices.sharded else ""
     threads = f"{devices.threads} thread{'s' * (devices.threads > 1)} each"
     exact = "" if cfg.batch_size % (devices.world_size * count) == 0 else "at most "
     held_out = "".join(f", {split} {part.reader.n:,}" for split, part in run.held_out.items())

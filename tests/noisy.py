@@ -17,7 +17,6 @@ from pathlib import Path
 import tiny
 import torch
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 
 from scaletrain import Config, Recipe, build, constant, cosine, one_cycle, opening, step_decay, warmup_cosine
 from scaletrain.agreement import Wishes
@@ -27,6 +26,14 @@ from scaletrain.checkpoint.tensors import is_sharded, local_part
 from scaletrain.optimizer_state import saved_state
 
 SCHEDULES = {f.__name__: f for f in (constant, cosine, one_cycle, step_decay, warmup_cosine)}
+SHARDED = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP",
+    "FSDP_MIN_NUM_PARAMS": "1",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
+"""What ``accelerate launch`` exports for FSDP2, each layer gathered on its own."""
 OPTIMIZERS = {
     "sgd": lambda p, cfg: torch.optim.SGD(p, lr=cfg.lr, momentum=0.9),
     "adamw": lambda p, cfg: torch.optim.AdamW(p, lr=cfg.lr, fused=True),
@@ -46,7 +53,7 @@ class NoisyConfig(Config):
     plain: bool = False
     """Nothing random and no BatchNorm: the curve depends on the order of summation alone. In float64."""
     fsdp: bool = False
-    """Shard the model with FSDP2, which Accelerate never chooses on a CPU."""
+    """Divide the model over the processes with FSDP2."""
     leave_at: int = 0
     """Step after which the process gets a SIGTERM."""
     moment: str = ""
@@ -67,19 +74,14 @@ def augment(batch, cfg):
 
 
 def shard_where_asked():
-    """Let ``start`` wrap the model with FSDP2 where the config says so."""
-    wrap = build.build_model
+    """Let ``start`` divide the model with FSDP2 where the config says so, as the launcher's variables do."""
+    assemble = build.assemble
 
-    def build_model(recipe, cfg, data, devices):
-        if not cfg.fsdp:
-            return wrap(recipe, cfg, data, devices)
-        build.seed_everything(cfg.seed)
-        module = recipe.model(cfg, data)
-        for layer in module:
-            fully_shard(layer)
-        return fully_shard(module), module
+    def assemble_as_asked(recipe, cfg, **options):
+        os.environ.update(SHARDED | {"ACCELERATE_USE_FSDP": str(cfg.fsdp).lower()})
+        return assemble(recipe, cfg, **options)
 
-    build.build_model = build_model
+    build.assemble = assemble_as_asked
 
 
 MOMENTS = ("loading data", "before step 0", "accumulating", "collective", "validating", "saving", "after the last step")

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from scaletrain.sharding import reshard
+
 if TYPE_CHECKING:
     from scaletrain.run.run import Run
 
@@ -27,6 +29,7 @@ def evaluating(run: Run) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
+        reshard(run.module)
         run.paused_seconds += time.perf_counter() - started
 
 

@@ -32,6 +32,7 @@ from scaletrain.run.evaluating import evaluating
 from scaletrain.run.gradients import Gradients
 from scaletrain.run.info import Result, StepInfo
 from scaletrain.run.requests import Requests
+from scaletrain.sharding import reshard
 from scaletrain.signals import Signals
 from scaletrain.state import State
 from scaletrain.streams import StreamLoader
@@ -182,7 +183,7 @@ class Run:
 
     def weights(self) -> list[tuple[int, int]]:
         """Tell whether the weights are still the same tensors and nothing has been written to them."""
-        return [(p.data_ptr(), p._version) for p in map(local_part, self.module.parameters())]
+        return [(p.data_ptr(), p._version) for p in map(local_part, self.gradients.parameters)]
 
     def mean(self, share: Tensor) -> float:
         """Add up the processes' shares of a mean. Waits for the device; every rank must reach this line."""
@@ -264,6 +265,7 @@ class Run:
         if self.saver is None or self.saver.saved_step == self.state.step:
             return
         self.tracking.flush()
+        reshard(self.module)  # in a validation it is gathered
         tensors, facts = captured(self, unfinished)
         beside = [self.folder / name for name in ("metrics.jsonl", "timing.jsonl")] if self.devices.is_first else []
         self.saver.save(self.state.step, tensors, dump(facts), beside=beside, best_step=self.state.best_step)
