@@ -22,7 +22,6 @@ from scaletrain.errors import (
 )
 from scaletrain.folder import (
     ENVIRONMENT,
-    agree_on_folder,
     describe_environment,
     exit_code,
     keep_source,
@@ -44,9 +43,8 @@ MODEL_LINES = 20
 
 
 def open_folder(run: Run, name: str, source: str | None) -> None:
-    """Make the run folder or go on in it, record what runs, and introduce it. Every rank must reach this line."""
+    """Begin or go on in the run's folder, record what runs, and introduce it. Every rank must reach this line."""
     devices = run.devices
-    run.folder = agree_on_folder(run.cfg.out, name, devices.control)
     if gather_texts("left" if left_before_restart(run.folder) else "", devices.control)[0]:
         raise Preempted(PREEMPTED)  # a later job goes on
     before = (run.folder / ENVIRONMENT).exists()
@@ -98,7 +96,7 @@ def _introduce(run: Run, name: str, checkpoint: Checkpoint | None) -> None:
     """Say what runs and what it goes on from, and connect the tracker; rank 0 does."""
     for line in introduction(run, name):
         run.tracking.say(line)
-    for warning in doubts(run):
+    for warning in [*doubts(run), *run.notes]:
         run.tracking.warn(warning)
     if checkpoint is not None:
         for line in continuation(run, checkpoint):

@@ -30,6 +30,7 @@ def evaluating(run: Run) -> Iterator[None]:
         for module, training in modes:
             module.training = training
         reshard(run.module)
+        run.pulse.at("after the step")
         run.paused_seconds += time.perf_counter() - started
 
 
