@@ -83,7 +83,7 @@ def main(
             raise
         except BaseException as error:
             if run is not None and is_out_of_memory(error):
-                _end(run, OUT_OF_MEMORY, f"error: {remember(run)}")
+                _end(run, OUT_OF_MEMORY, f"error: {remember(run)}", at_once=True)
             if run is not None and _is_about_others(error):
                 _end_alone(run, error)
             if line := explain(error):
@@ -131,9 +131,12 @@ def earlier_result(folder: Path) -> Result:
         _end(None, INPUT, f"error: {folder} is done but its result.json cannot be read ({error}); choose another --out")
 
 
-def _end(run: Run | None, code: int, reason: str) -> NoReturn:
-    """Say once why the run ended, on rank 0 where it failed too, and leave with ``code``."""
-    if is_first_process():
+def _end(run: Run | None, code: int, reason: str, *, at_once: bool = False) -> NoReturn:
+    """Say once why the run ended, on rank 0 where it failed too, and leave with ``code``.
+
+    ``at_once``: only this rank can know, whichever it is.
+    """
+    if is_first_process() or at_once:
         problem = _record(run, code, reason)
         print(f"{reason}{problem}", file=sys.stderr, flush=True)
     elif run is not None and not _somebody_spoke(run):

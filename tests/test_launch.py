@@ -73,7 +73,8 @@ def test_every_config_holds_only_keys_that_accelerate_knows(config):
 
 
 def test_the_configs_are_these():
-    assert {path.stem for path in CONFIGS.iterdir()} == {*"cpu cpu_2proc mps single_gpu ddp fsdp2 multi_node".split()}
+    there = {"cpu", "cpu_2proc", "mps", "single_gpu", "ddp", "fsdp2", "multi_node"}
+    assert {path.stem for path in CONFIGS.iterdir()} == there
 
 
 def test_an_unknown_recipe_is_named():

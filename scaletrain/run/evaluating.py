@@ -26,11 +26,11 @@ def evaluating(run: Run) -> Iterator[None]:
         # what FSDP2 gathers in inference mode it cannot train with
         with averaged(run), torch.no_grad() if run.gradients.sharded else torch.inference_mode():
             yield
+        run.pulse.at("after the step")
     finally:
         for module, training in modes:
             module.training = training
         reshard(run.module)
-        run.pulse.at("after the step")
         run.paused_seconds += time.perf_counter() - started
 
 
