@@ -11,14 +11,17 @@ import json
 import os
 import platform
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from scaletrain.errors import RANK_ENDED_EARLY
 from scaletrain.folder import record_exit, short
+from scaletrain.misfit import LIBRARIES
 
 if TYPE_CHECKING:
     from scaletrain.run import Run
@@ -31,6 +34,8 @@ PATIENCE = 6
 """Times the limit that the first step, which compiles, and the end of saving may take."""
 BEATS = 10
 """Signs of life within the limit."""
+EXCHANGES = ("/torch/distributed/", "/torch/nn/parallel/", "/torch/autograd/")
+"""Where the innermost frame lies of a rank that waits for others: a backward pass may."""
 LATE = 3
 """A rank that has missed so many of them is not only slow: it is stopped, or gone."""
 
@@ -42,11 +47,16 @@ class Heartbeat(NamedTuple):
     step: int
     """Steps completed."""
     phase: str
-    age: float
+    age: float = 0.0
     """Seconds since it said so, by the clock of the file system."""
+    where: str = ""
+    """The line of the recipe, or of what it calls, that its main thread is in."""
+    waits: bool = False
+    """Whether that is an exchange with the other ranks."""
 
     def __str__(self) -> str:
-        return f"{self.phase} of step {self.step + (self.phase not in AFTER)}".replace("the step of step", "step")
+        phase = f"{self.phase} of step {self.step + (self.phase not in AFTER)}".replace("the step of step", "step")
+        return f"{phase} ({self.where})" if self.where else phase
 
     @property
     def progress(self) -> tuple[int, int]:
@@ -76,11 +86,13 @@ class Watchdog(threading.Thread):
         self.done = threading.Event()
         self._run, self._limit, self._every = run, limit, limit / BEATS
         self._folder = run.folder / FOLDER
+        self._last = -1
 
     def run(self) -> None:
         """Beat and look, until ``done``."""
         pulse, first = self._run.pulse, self._run.state.step
         seen, since = -1, time.monotonic()
+        self._beat()
         while not self.done.wait(self._every):
             self._beat()
             now = time.monotonic()
@@ -95,7 +107,11 @@ class Watchdog(threading.Thread):
         with suppress(OSError):  # a full disk is no reason to end
             self._folder.mkdir(exist_ok=True)
             draft = self._folder / f".{run.devices.rank}"
-            draft.write_text(json.dumps({"step": run.state.step, "phase": run.pulse.phase}))
+            where, waits = main_thread() if run.pulse.beats == self._last else ("", False)
+            self._last = run.pulse.beats
+            draft.write_text(
+                json.dumps({"step": run.state.step, "phase": run.pulse.phase, "where": where, "waits": waits})
+            )
             draft.replace(self._folder / f"rank-{run.devices.rank:05d}.json")
 
     def _heartbeats(self) -> list[Heartbeat]:
@@ -104,9 +120,9 @@ class Watchdog(threading.Thread):
             path = self._folder / f"rank-{rank:05d}.json"
             try:
                 said, written = json.loads(path.read_text()), path.stat().st_mtime
-                found.append(Heartbeat(rank, said["step"], said["phase"], written))
-            except (OSError, ValueError, KeyError):
-                found.append(Heartbeat(rank, -1, "starting", 0.0))
+                found.append(Heartbeat(rank, **said, age=written))
+            except (OSError, ValueError, TypeError):
+                found.append(Heartbeat(rank, 0, "starting"))
         newest = max(one.age for one in found)
         return [one._replace(age=newest - one.age) for one in found]
 
@@ -134,14 +150,26 @@ class Watchdog(threading.Thread):
         os._exit(RANK_ENDED_EARLY)
 
 
+def main_thread() -> tuple[str, bool]:
+    """Return the line that the main thread is in, outside of libraries, and whether it is an exchange of torch's."""
+    frame = sys._current_frames().get(threading.main_thread().ident or 0)
+    waits = frame is not None and any(part in frame.f_code.co_filename for part in EXCHANGES)
+    while frame is not None and frame.f_code.co_filename.startswith(LIBRARIES):
+        frame = frame.f_back
+    if frame is None:
+        return "", waits
+    return f"{Path(frame.f_code.co_filename).name}, line {frame.f_lineno}, in {frame.f_code.co_name}", waits
+
+
 def verdict(every: list[Heartbeat], silent: list[int], seconds: float) -> str:
     """Say who is waited for, and in which phase nobody left."""
     still = f"no progress for {seconds:.0f} s"
     if silent:
         last = "; ".join(f"rank {r} was last heard of in {every[r]}" for r in silent)
         return f"{still}: {last}"
-    least = min(one.progress for one in every)
-    behind = [one for one in every if one.progress == least]
+    busy = [one for one in every if not one.waits] or every
+    least = min(one.progress for one in busy)
+    behind = [one for one in busy if one.progress == least]
     where = f"in {behind[0]}"
     if len(behind) == len(every):
         who = "the process is" if len(every) == 1 else "all ranks are"

@@ -144,6 +144,7 @@ MISHAPS = {
 def befall(cfg):
     if cfg.stuck and os.environ.get("RANK", "1") == "1" and _passed.get("steps", 0) == 3 and cfg.stuck not in _told:
         _told.add(cfg.stuck)
+        (Path(cfg.out) / "befallen").write_text("")
         MISHAPS[cfg.stuck]()
 
 
