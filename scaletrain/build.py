@@ -133,6 +133,8 @@ def build_model(recipe: Recipe, cfg: Config, data: Data, devices: Devices) -> tu
     """
     seed_everything(cfg.seed)
     module = recipe.model(cfg, data)
+    if not isinstance(module, nn.Module):
+        raise InputError(f"model returned a {type(module).__name__}; return an nn.Module (is the return missing?)")
     if not any(p.requires_grad for p in module.parameters()):
         raise InputError(f"{type(module).__name__} has no trainable parameters; there is nothing to learn")
     for name, value in module.state_dict().items():

@@ -76,6 +76,7 @@ def watching(run: Run) -> Iterator[None]:
     finally:
         watchdog.done.set()
         watchdog.join(1)  # at once, unless its disk hangs
+    watchdog.forget()
 
 
 class Watchdog(threading.Thread):
@@ -113,6 +114,12 @@ class Watchdog(threading.Thread):
                 json.dumps({"step": run.state.step, "phase": run.pulse.phase, "where": where, "waits": waits})
             )
             draft.replace(self._folder / f"rank-{run.devices.rank:05d}.json")
+
+    def forget(self) -> None:
+        """Remove this rank's sign of life: it ends as it should."""
+        (self._folder / f"rank-{self._run.devices.rank:05d}.json").unlink(missing_ok=True)
+        with suppress(OSError):  # the last one takes the folder with it
+            self._folder.rmdir()
 
     def _heartbeats(self) -> list[Heartbeat]:
         found = []

@@ -53,7 +53,7 @@ def check(mishap, codes, said, folder):
         assert reason.startswith("rank 1 ended early, in or after step 2")
     elif mishap == "sleep":
         assert re.search(
-            r"no progress for \d+ s: rank 1 is in forward of step 3 \(noisy.py, line \d+, in <lambda>\), and the others",
+            r"no progress for \d+ s: rank 1 is in forward of step 3 \(noisy.py, line \d+, in <lambda>\), and the",
             reason,
         )
         assert "befall" in (folder / "heartbeats/stacks-00001.txt").read_text()

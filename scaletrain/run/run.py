@@ -20,7 +20,7 @@ from scaletrain.devices import Devices, seed_generators
 from scaletrain.ema import EMA
 from scaletrain.errors import InputError, Preempted
 from scaletrain.loader import HeldOut, Loader, MicroBatch
-from scaletrain.loss import shares
+from scaletrain.loss import shares, weighted
 from scaletrain.metrics import Objects
 from scaletrain.optimizer_state import hyperparameters
 from scaletrain.optimizers import base_values, set_factors
@@ -85,6 +85,8 @@ class Run:
     def __post_init__(self) -> None:
         self.pulse = Pulse()
         """What this process is busy with."""
+        self.logged: dict[str, float] = {}
+        """The last value of each figure that was logged."""
         self.notes: list[str] = []
         """What is to be said as a warning once the run can speak."""
         self.gradients = Gradients(self.module, self.model, self.optimizer, self.devices, self.cfg, self.pulse)
@@ -229,7 +231,8 @@ class Run:
             self.leave(code)
         with self.devices.autocast():
             if self.recipe.evaluate is None:
-                return {"loss": self.recipe.loss(self.module, batch, self.cfg)}
+                loss = self.recipe.loss(self.module, batch, self.cfg)
+                return {"loss": loss if isinstance(loss, Tensor) else weighted(loss, 1.0)}
             return self.recipe.evaluate(self.module, batch, self.cfg)
 
     def weight(self, batch: Batch, examples: int) -> Tensor | float:
@@ -253,6 +256,7 @@ class Run:
             numbers = {name: float(value) for name, value in values.items()}
         except (TypeError, ValueError):
             raise InputError(f"log takes numbers and 0-d tensors by name; got {dict(values)}") from None
+        self.logged |= numbers
         step, samples_seen = self.state.step, self.state.samples_seen
         self.tracking.log(numbers, step=step, epoch=samples_seen / self.examples, samples_seen=samples_seen)
 
