@@ -49,8 +49,9 @@ class Config:
     """Of the weights, the order of the examples, dropout and augmentation."""
     split_seed: int | None = 0
     """Of the split into training and validation examples. None holds nothing out."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Number format of the forward pass. auto: bf16 or fp16 on CUDA GPUs, fp32 elsewhere."""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    """Number format of the forward pass. auto: bf16 or fp16 on CUDA GPUs, fp32 elsewhere. tf32: fp32 whose products
+    NVIDIA GPUs compute with 10 bits of mantissa."""
     compile: bool = False
     """Compile the model with torch.compile. Where it is sharded: its blocks."""
     compile_blocks: bool = False

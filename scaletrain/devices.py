@@ -22,7 +22,7 @@ from scaletrain.errors import FAILED, InputError
 from scaletrain.sharding import asked_for, shard_on_cpu
 
 NOTHING = nullcontext()
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Devices:
 
     def autocast(self) -> AbstractContextManager[None]:
         """Enter the run's number format; does nothing in fp32."""
-        return NOTHING if self.precision == "fp32" else self.accelerator.autocast()
+        return NOTHING if self.precision in ("fp32", "tf32") else self.accelerator.autocast()
 
     def sum(self, values: Tensor) -> Tensor:
         """Add ``values`` over all processes. Every rank must reach this line."""
@@ -100,8 +100,12 @@ def set_up(precision: str = "auto", threads: int | None = None) -> Devices:
     number = choose_threads(threads, os.environ, cores(), launch) or torch.get_num_threads()
     AcceleratorState._reset_state()  # a second run in the same process may choose another precision
     with _omp_num_threads(number):
-        accelerator = Accelerator(cpu=device_type == "cpu", mixed_precision="no" if chosen == "fp32" else chosen)
+        accelerator = Accelerator(
+            cpu=device_type == "cpu", mixed_precision=chosen if chosen in ("bf16", "fp16") else "no"
+        )
     torch.set_num_threads(number)
+    if device_type == "cuda":  # fp32 means it; torch's own default computes convolutions in TF32
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = chosen != "fp32"
     if accelerator.num_processes != launch.world_size:
         raise InputError(
             f"the launcher started {launch.world_size} processes, but this one sees {accelerator.num_processes}: "
@@ -163,8 +167,10 @@ def choose_precision(asked: str, device_type: str, launcher: str | None, gpu_has
         asked = ("bf16" if gpu_has_bf16 else "fp16") if device_type == "cuda" else "fp32"
     if asked == "fp16" and device_type in ("cpu", "mps"):
         raise InputError(f"--precision fp16 does not train on {device_type}; use bf16 or fp32")
-    if asked not in ("fp32", "bf16", "fp16"):
-        raise InputError(f"--precision {asked}: expected auto, fp32, bf16 or fp16")
+    if asked == "tf32" and device_type != "cuda":
+        raise InputError(f"--precision tf32 is a format of NVIDIA GPUs, not of {device_type}; use bf16 or fp32")
+    if asked not in ("fp32", "tf32", "bf16", "fp16"):
+        raise InputError(f"--precision {asked}: expected auto, fp32, tf32, bf16 or fp16")
     return asked  # type: ignore[return-value]  # narrowed by the line above
 
 

@@ -47,7 +47,7 @@ MISTAKES = {
     "--batch-size": "--batch-size (nothing): expected a whole number",
     "--batch-size=": "--batch-size (nothing): expected a whole number",
     "--max-steps ten": "--max-steps ten: expected a whole number or None",
-    "--precision fp8": "--precision fp8: expected one of auto, fp32, bf16, fp16",
+    "--precision fp8": "--precision fp8: expected one of auto, fp32, tf32, bf16, fp16",
     "--track mlflow": "--track mlflow: expected one of none, wandb",
     "--compile yes": "--compile yes: expected no value; say --compile or --no-compile",
     "cnn": "'cnn' is not an option; options look like",

@@ -42,6 +42,13 @@ def test_fp16_needs_a_gpu(device, asked, launcher):
         choose_precision(asked, device, launcher, False)
 
 
+@pytest.mark.parametrize("device", ["cpu", "mps", "xpu"])
+def test_tf32_needs_an_nvidia_gpu(device):
+    assert choose_precision("tf32", "cuda", None, True) == "tf32"
+    with pytest.raises(InputError, match=f"tf32 is a format of NVIDIA GPUs, not of {device}; use bf16 or fp32"):
+        choose_precision("tf32", device, None, False)
+
+
 def test_mps_runs_one_process_and_waits_for_its_copies():
     with pytest.raises(InputError, match="MPS serves one"):
         check_processes("mps", Launch(world_size=2))
