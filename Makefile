@@ -24,7 +24,7 @@ setup: .venv/.installed ## make .venv with the pinned versions
 	@touch $@
 
 train: .venv/.installed ## train a recipe: make train RECIPE=mlp ARGS="--lr 3e-3"
-	@launch/local.sh $(RECIPE) $(ARGS)
+	@launch/$(or $(CLUSTER),local).sh $(RECIPE) $(ARGS)
 
 test: .venv/.installed ## run the tests (about 11 minutes on two cores)
 	@$(TESTS) $(BIN)/python -m pytest $(TWO_AT_A_TIME) $(ARGS)

@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# One node's part of a job: launch/slurm.sbatch has srun start it once on each node.
+# Arguments: a file of accelerate_configs/, a recipe's file, the run's options.
+set -uo pipefail
+config=$1 file=$2
+shift 2
+PATH="$PWD/.venv/bin:$PATH"
+refuse() {
+    echo "error: $1" >&2
+    exit 2
+}
+
+# Which node this is, only this shell knows: in the job's script, or on the node where it was submitted,
+# $SLURM_NODEID is 0 or nothing, and a node that takes it from there takes itself for the first.
+rank=${SLURM_NODEID:-}
+mapfile -t names < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+if ! [[ $rank =~ ^[0-9]+$ ]] || [ "${names[rank]:-}" != "$SLURMD_NODENAME" ]; then
+    refuse "$SLURMD_NODENAME was told that SLURM_NODEID is '$rank', so several nodes would be the first; it was read outside of srun or quoted: let srun start launch/slurm_node.sh itself"
+fi
+[ "${SLURM_STEP_NUM_TASKS:-}" = "${#names[@]}" ] || refuse "srun started ${SLURM_STEP_NUM_TASKS:-no} tasks on ${#names[@]} nodes; one launcher on each is wanted: srun --ntasks-per-node=1"
+
+# SLURM's own address of the first node: names need not be known to the resolver.
+address=$(scontrol show node "${names[0]}" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+port=$((15000 + SLURM_JOB_ID % 15000)) # below those that systems hand out themselves; another job has another
+count=$((${#names[@]} * PROCESSES))
+options=(--config_file "$config" --num_machines "${#names[@]}" --num_processes "$count" --machine_rank "$rank")
+options+=(--main_process_ip "${address:-${names[0]}}" --main_process_port "$port" --rdzv_backend static)
+
+# SIGTERM reaches every process of the step. This shell remembers it: a launcher that was still starting ends by it
+# and could not say why.
+told=""
+trap 'told=yes' TERM
+accelerate launch --quiet --num_cpu_threads_per_process 1 "${options[@]}" "$file" "$@" # 1 is unsaid: the run chooses
+code=$?
+[ "$code" -eq 0 ] || [ -z "$told" ] || exit 143
+exit "$code"
