@@ -19,12 +19,14 @@ if ! [[ $rank =~ ^[0-9]+$ ]] || [ "${names[rank]:-}" != "$SLURMD_NODENAME" ]; th
 fi
 [ "${SLURM_STEP_NUM_TASKS:-}" = "${#names[@]}" ] || refuse "srun started ${SLURM_STEP_NUM_TASKS:-no} tasks on ${#names[@]} nodes; one launcher on each is wanted: srun --ntasks-per-node=1"
 
-# SLURM's own address of the first node: names need not be known to the resolver.
-address=$(scontrol show node "${names[0]}" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
-port=$((15000 + SLURM_JOB_ID % 15000)) # below those that systems hand out themselves; another job has another
+# Where they meet: on the first node, by SLURM's own address where its name means nothing to the resolver. The port
+# is below those that systems hand out themselves, and another for each step (as in scaletrain/slurm.py).
+address=${names[0]}
+getent hosts "$address" > /dev/null || address=$(scontrol show node "$address" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+port=$((15000 + (101 * SLURM_JOB_ID + SLURM_STEP_ID % 101) % 15000))
 count=$((${#names[@]} * PROCESSES))
 options=(--config_file "$config" --num_machines "${#names[@]}" --num_processes "$count" --machine_rank "$rank")
-options+=(--main_process_ip "${address:-${names[0]}}" --main_process_port "$port" --rdzv_backend static)
+options+=(--main_process_ip "$address" --main_process_port "$port" --rdzv_backend static)
 
 # SIGTERM reaches every process of the step. This shell remembers it: a launcher that was still starting ends by it
 # and could not say why.

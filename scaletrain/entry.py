@@ -32,6 +32,7 @@ from scaletrain.misfit import explain
 from scaletrain.recipe import Recipe
 from scaletrain.run import Result, Run, Step
 from scaletrain.signals import noting
+from scaletrain.slurm import join_srun
 
 OTHERS_SECONDS = 2
 """A rank that fails alone waits so long for rank 0 to speak before it speaks itself."""
@@ -51,9 +52,10 @@ def main(
     what is a bug.
     """
     run: Run | None = None
-    with noting(alone="LOCAL_RANK" not in os.environ) as signals, warnings.catch_warnings():
+    with noting(alone=not {"LOCAL_RANK", "SLURM_STEP_ID"} & os.environ.keys()) as signals, warnings.catch_warnings():
         warnings.filterwarnings("error", BROADCASTS)  # what is learned then is not what was meant
         try:
+            join_srun()
             cfg = parse(recipe.config, argv, description=_about(recipe))
             run = start(recipe, cfg, source=_script() if argv is None else None, step=step, signals=signals)
             loop(run)

@@ -100,7 +100,15 @@ class Cluster:
         for path in (munge, munge / "key"):
             shutil.chown(path, "munge", "munge")
         files = [f"--{name}-file={munge / name}" for name in ("key", "pid", "log", "seed")]
-        self._daemon("munged", "--foreground", f"--socket={munge / 'socket'}", *files, user="munge", group="munge", extra_groups=[])
+        self._daemon(
+            "munged",
+            "--foreground",
+            f"--socket={munge / 'socket'}",
+            *files,
+            user="munge",
+            group="munge",
+            extra_groups=[],
+        )
         wait_for((munge / "socket").exists, 20)
         self._daemon("slurmctld", "-D")
         for node in ("n1", "n2"):
