@@ -151,6 +151,7 @@ def _record(run: Run | None, code: int, reason: str) -> str:
     The rank that fails first writes it; what then fails on the others is a consequence.
     """
     if run is None:
+        _record_early(code, reason)
         return ""
     if run.saver is not None and run.devices.world_size == 1 and code != INTERRUPTED:
         with contextlib.suppress(Exception):  # with several processes the others could be waited for in vain
@@ -164,6 +165,15 @@ def _record(run: Run | None, code: int, reason: str) -> str:
     with contextlib.suppress(CheckpointError):  # the last lines of metrics.jsonl, which going on would cut anyway
         run.tracking.close()
     return problem
+
+
+def _record_early(code: int, reason: str) -> None:
+    """Leave exit.json, before there is a run, where a launch script looks for it: launchers hide the exit code."""
+    folder = Path(os.environ.get("SCALETRAIN_OUT", ""))
+    if "SCALETRAIN_OUT" in os.environ and is_first_process() and not (folder / "exit.json").exists():
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            record_exit(folder, code, reason)
 
 
 def _leave(code: int) -> NoReturn:

@@ -16,6 +16,7 @@ import psutil
 from killing import wait_for
 
 PATH = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+PACKAGES = ("slurmctld", "slurmd", "slurm-client", "munge")
 PROGRAMS = ("slurmctld", "slurmd", "munged", "srun", "sbatch", "scontrol", "scancel")
 CONFIG = """
 ClusterName=scaletrain
@@ -56,7 +57,14 @@ def missing():
     if not Path("/etc/debian_version").exists() or os.geteuid() != 0:
         return "a SLURM is started on Debian, by root"
     absent = [name for name in PROGRAMS if shutil.which(name, path=PATH) is None]
-    return f"{', '.join(absent)} missing; apt-get install slurmctld slurmd slurm-client munge" if absent else ""
+    return f"{', '.join(absent)} missing: apt-get install {' '.join(PACKAGES)}" if absent else ""
+
+
+def install():
+    """Install what is missing, where that can be done."""
+    if Path("/etc/debian_version").exists() and os.geteuid() == 0 and missing():
+        for command in (["update", "-qq"], ["install", "-qq", "-y", *PACKAGES]):
+            subprocess.run(["apt-get", *command], check=True, stdout=subprocess.DEVNULL)
 
 
 class Cluster:
@@ -100,15 +108,8 @@ class Cluster:
         for path in (munge, munge / "key"):
             shutil.chown(path, "munge", "munge")
         files = [f"--{name}-file={munge / name}" for name in ("key", "pid", "log", "seed")]
-        self._daemon(
-            "munged",
-            "--foreground",
-            f"--socket={munge / 'socket'}",
-            *files,
-            user="munge",
-            group="munge",
-            extra_groups=[],
-        )
+        user = {"user": "munge", "group": "munge", "extra_groups": []}
+        self._daemon("munged", "--foreground", f"--socket={munge / 'socket'}", *files, **user)
         wait_for((munge / "socket").exists, 20)
         self._daemon("slurmctld", "-D")
         for node in ("n1", "n2"):
@@ -117,9 +118,9 @@ class Cluster:
 
     def _daemon(self, *command, **options):
         """Start one, in the foreground: it is this process's child and known by its id."""
-        log = (self.folder / f"{command[0]}-{len(self._processes)}.out").open("w")
         environment = os.environ | self.env
-        process = subprocess.Popen(command, env=environment, cwd="/", stdout=log, stderr=log, **options)
+        with (self.folder / f"{command[0]}-{len(self._processes)}.out").open("w") as log:
+            process = subprocess.Popen(command, env=environment, cwd="/", stdout=log, stderr=log, **options)
         self._processes.append(process)
 
     def user(self, *command, check=True, timeout=60, **env):
@@ -134,14 +135,15 @@ class Cluster:
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def left(self):
-        """The processes of jobs that are still there: they inherit the cluster's variable."""
-        ours = [process.pid for process in self._processes]
-        return [p for p in psutil.process_iter() if p.pid not in ours and of_cluster(p, self.env["SLURM_CONF"])]
+        """The processes of jobs that are still there."""
+        return [process for process in psutil.process_iter() if of_job(process, self.env["SLURM_CONF"])]
 
 
-def of_cluster(process, config):
+def of_job(process, config):
+    """Whether a process was started by a job of the cluster with this configuration, or starts one."""
     try:
-        return process.status() != psutil.STATUS_ZOMBIE and process.environ().get("SLURM_CONF") == config
+        env = {} if process.status() == psutil.STATUS_ZOMBIE else process.environ()
+        return env.get("SLURM_CONF") == config and ("SLURM_JOB_ID" in env or process.name() == "slurmstepd")
     except psutil.Error:
         return False
 
@@ -154,3 +156,7 @@ def free_ports(count):
     for free in sockets:
         free.close()
     return ports
+
+
+if __name__ == "__main__":
+    install()
