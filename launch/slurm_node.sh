@@ -28,11 +28,20 @@ count=$((${#names[@]} * PROCESSES))
 options=(--config_file "$config" --num_machines "${#names[@]}" --num_processes "$count" --machine_rank "$rank")
 options+=(--main_process_ip "$address" --main_process_port "$port" --rdzv_backend static)
 
-# SIGTERM reaches every process of the step. This shell remembers it: a launcher that was still starting ends by it
-# and could not say why.
+# Where SLURM tracks processes by cgroups, it signals this shell alone, which passes it on; elsewhere, every process of
+# the step (FORWARD is empty). This shell remembers a SIGTERM: a launcher that was still starting could not say why it
+# ended. SIGUSR1, which means save, is for the recipe's processes: the launcher between would end by it.
 told=""
-trap 'told=yes' TERM
-accelerate launch --quiet --num_cpu_threads_per_process 1 "${options[@]}" "$file" "$@" # 1 is unsaid: the run chooses
-code=$?
+trap 'told=yes; [ -z "${FORWARD:-}" ] || kill -TERM $!' TERM
+trap '[ -z "${FORWARD:-}" ] || pkill -USR1 -P $!' USR1
+(
+    trap '' USR1
+    exec accelerate launch --quiet --num_cpu_threads_per_process 1 "${options[@]}" "$file" "$@" # 1 is unsaid: the run chooses
+) &
+while :; do
+    wait $!
+    code=$?
+    [ "$code" -gt 128 ] && kill -0 $! 2> /dev/null || break # a signal ended the waiting alone
+done
 [ "$code" -eq 0 ] || [ -z "$told" ] || exit 143
 exit "$code"

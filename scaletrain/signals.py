@@ -52,22 +52,6 @@ def noting(alone: bool) -> Iterator[Signals]:
             signal.signal(number, handler)
 
 
-@contextmanager
-def sheltered() -> Iterator[None]:
-    """Let no SIGTERM through to what is started meanwhile; this process gets its own when the context ends.
-
-    SLURM signals every process of a job: a tracker's helper that ended by it could not be told the last lines.
-    """
-    if not hasattr(signal, "pthread_sigmask"):  # not on Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
 def obey_parent_alone() -> None:
     """Leave signals to the process that trains: in its workers, which end when it says so.
 

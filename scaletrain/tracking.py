@@ -14,7 +14,6 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from scaletrain.errors import CheckpointError
 from scaletrain.folder import short, strict, write_json
-from scaletrain.signals import sheltered
 
 PLAIN_LINE_SECONDS = 10
 """Without a terminal, training says where it is at most this often; validations always print."""
@@ -86,8 +85,7 @@ class Tracking:
                 known |= {"id": run.removeprefix("wandb:")} if known else {}
                 run_name = f"{name}/{self.folder.name}"
                 self._tracker = WandBTracker("scaletrain", name=run_name, dir=str(self.folder), mode=mode, **known)
-            with sheltered():
-                self._tracker.start()
+            self._tracker.start()
             told = {key: value for key, value in strict(config).items() if value is not None}
             self._tracker.store_init_configuration(told)  # older ones begin an offline run of wandb anew here
             self.tracker_run = f"{track}:{getattr(self._tracker.tracker, 'id', '')}"

@@ -5,13 +5,11 @@ Rows T1, T2, T3 and T5 of the fault matrix. ``make test-slurm`` runs these; ``ma
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from contextlib import suppress
-from pathlib import Path
 
 import noisy
 import pytest
@@ -22,7 +20,7 @@ from slurm import Cluster, missing
 
 pytestmark = pytest.mark.skipif("SCALETRAIN_SLURM" not in os.environ, reason="make test-slurm starts a SLURM for these")
 
-STEPS, GRACE = 300, 15
+STEPS, GRACE = 800, 15
 OPTIONS = (
     "--max-steps", STEPS, "--validate-every", 10, "--micro-batch-size", 6, "--log-every", 1, "--checkpoint-every", 7,
 )  # fmt: skip
@@ -108,6 +106,9 @@ class Checkout:
                     found[int(process.environ()["SLURM_PROCID"])] = process
         return found
 
+    def launchers(self):
+        return [process for process in self.cluster.left() if "accelerate" in process.name()]
+
     def steps(self):
         return sum(path.read_bytes().count(b"\n") for path in self.record.glob("rank*.jsonl"))
 
@@ -116,7 +117,8 @@ class Checkout:
         try:
             wait_for(lambda: self.steps() >= until, 120)
         except AssertionError:
-            raise AssertionError(self.log(job)[-6000:] if job else "no steps") from None
+            said = f"{self.cluster.job(job)}\n{self.log(job)[-6000:]}" if job else "no steps"
+            raise AssertionError(said) from None
 
     def slow(self, slow=True):
         (self.folder / "slow").touch() if slow else (self.folder / "slow").unlink()
@@ -153,13 +155,21 @@ def by_time_limit(cluster, job):
     cluster.user("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
 
 
+def starts_now(cluster, job):
+    """Whether a job that was queued again runs; SLURM lets two minutes pass, and here it need not."""
+    cluster.user("scontrol", "update", f"JobId={job}", "StartTime=now", "TimeLimit=10", check=False)
+    time.sleep(0.5)
+    return cluster.job(job)["JobState"] == "RUNNING"
+
+
 INTERRUPTIONS = {
     "time limit": by_time_limit,
     "scontrol requeue": lambda cluster, job: cluster.user("scontrol", "requeue", job),
     "scancel --signal=TERM": lambda cluster, job: cluster.user("scancel", "--signal=TERM", job),
     "preemption": lambda cluster, job: cluster.user("srun", "-p", "urgent", "-N2", "--exclusive", "true", timeout=120),
+    "while starting": lambda cluster, job: cluster.user("scancel", "--signal=TERM", job),
 }
-ALL_OF_THEM = 2 * [*INTERRUPTIONS] + ["scontrol requeue", "scancel --signal=TERM", "preemption"]
+ALL_OF_THEM = [*INTERRUPTIONS, *INTERRUPTIONS, "scontrol requeue", "preemption", "scancel --signal=TERM"]
 
 
 def test_a_job_goes_on_through_requeues_and_ends_as_one_never_stopped(cluster, checkout, never_stopped):
@@ -168,7 +178,10 @@ def test_a_job_goes_on_through_requeues_and_ends_as_one_never_stopped(cluster, c
     run = checkout.folder / f"runs/paced/slurm-{job}"
     interruptions = ALL_OF_THEM if ALL else list(INTERRUPTIONS)
     for number, how in enumerate(interruptions):
-        checkout.wait_for_steps(4, job)
+        if how == "while starting":
+            wait_for(checkout.launchers, 60)
+        else:
+            checkout.wait_for_steps(4, job)
         began = time.monotonic()
         INTERRUPTIONS[how](cluster, job)
         checkout.wait_for_state(job, "PENDING")
@@ -177,17 +190,16 @@ def test_a_job_goes_on_through_requeues_and_ends_as_one_never_stopped(cluster, c
         assert int(cluster.job(job)["Restarts"]) == number + 1
         if how in ("time limit", "scancel --signal=TERM"):
             assert json.loads((run / "exit.json").read_text())["code"] == 75, checkout.log(job)
-        # SLURM lets two minutes pass before it starts a job again
-        cluster.user("scontrol", "update", f"JobId={job}", "StartTime=now", "TimeLimit=10")
+        wait_for(lambda: starts_now(cluster, job), 60)
     checkout.wait_for_steps(4, job)
     checkout.slow(False)
     checkout.wait_for_state(job, "COMPLETED", "FAILED")
     after, said = cluster.job(job), checkout.log(job)
     assert (after["JobState"], after["ExitCode"]) == ("COMPLETED", "0:0"), said
-    assert int(after["Restarts"]) == len(interruptions) == said.count("going on after step")
+    assert int(after["Restarts"]) == len(interruptions)
+    assert said.count("going on after step") == len(interruptions) - interruptions.count("while starting")
     assert_same(run, checkout, never_stopped)
     assert sorted(p.name for p in run.parent.iterdir()) == [run.name, f"{run.name}.log"]
-    assert "the tracker failed" not in said
     ids = {path.name.rpartition("-")[2] for path in (run / "wandb").glob("offline-run-*")}
     assert len(ids) == 1
     assert json.loads((run / "tracker.json").read_text())["run"] == f"wandb:{ids.pop()}"
@@ -305,4 +317,3 @@ def test_a_node_that_takes_itself_for_another_is_refused(rank, cluster, checkout
     told = rank.strip("'")
     for line in lines:
         assert f"was told that SLURM_NODEID is '{told}', so several nodes would be the first" in line
-    assert shutil.which("accelerate") or Path(sys.prefix)
