@@ -90,10 +90,10 @@ class Checkout:
         except AssertionError:
             raise AssertionError(f"{self.cluster.job(job)}\n{self.log(job)[-6000:]}") from None
 
-    def srun(self, *words):
-        """Start the recipe with srun alone, a process on each of two nodes; return srun's process."""
-        command = ["srun", "--nodes=2", "--ntasks=2", sys.executable, "paced.py", *words]
-        environment = os.environ | self.env | self.cluster.env
+    def srun(self, *words, launcher=(sys.executable,), **env):
+        """Start the recipe with srun, by Python alone or a launcher, on two nodes; return srun's process."""
+        command = ["srun", "--nodes=2", "--ntasks=2", *launcher, "paced.py", *words]
+        environment = os.environ | self.env | self.cluster.env | env
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return subprocess.Popen([str(w) for w in command], cwd=self.folder, env=environment, **pipes)
 
@@ -253,6 +253,24 @@ def ask(checkout, way, random):
         assert saved
 
 
+def test_where_slurm_signals_the_task_alone_the_recipe_hears_it_too(checkout):
+    checkout.slow()
+    launcher = ("launch/slurm_node.sh", "accelerate_configs/cpu_2proc.yaml")
+    options = (*OPTIONS, "--checkpoint-every", STEPS, "--out", "run", "--record", "record")
+    process = checkout.srun(*options, launcher=launcher, FORWARD="yes", PROCESSES="1")
+    checkout.wait_for_steps(2)
+    tasks = [p for p in checkout.cluster.left() if p.name() == "slurm_node.sh" and p.parent().name() == "slurmstepd"]
+    assert len(tasks) == 2
+    tasks[0].send_signal(signal.SIGUSR1)  # as with proctrack/cgroup
+    wait_for(lambda: list((checkout.folder / "run/checkpoints").glob("step-*")), 30)
+    for task in tasks:
+        task.send_signal(signal.SIGTERM)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 143, said
+    assert json.loads((checkout.folder / "run/exit.json").read_text())["code"] == 75
+    assert max(noisy.recorded(checkout.record))[1] > 2
+
+
 def test_a_job_that_fails_says_so_with_the_runs_own_code_and_is_not_queued_again(cluster, checkout):
     job = checkout.submit("mlp", "--lr", "fast")
     checkout.wait_for_state(job, "FAILED", "COMPLETED", "PENDING" if cluster.job(job)["Restarts"] != "0" else "FAILED")
@@ -278,6 +296,7 @@ def test_a_cancelled_job_does_not_rise_again(cluster, checkout):
     job = checkout.submit("paced.py", *OPTIONS, "--record", "record")
     checkout.wait_for_steps(2, job)
     cluster.user("scancel", job)
+    checkout.wait_for_state(job, "CANCELLED")
     wait_for(lambda: not cluster.left(), 60)
     assert (cluster.job(job)["JobState"], cluster.job(job)["Restarts"]) == ("CANCELLED", "0")
 
@@ -312,7 +331,7 @@ def test_a_node_that_takes_itself_for_another_is_refused(rank, cluster, checkout
     srun = ("srun", "--nodes=2", "--ntasks=2", "--kill-on-bad-exit=1", f"--chdir={checkout.folder}")
     ended = cluster.user(*srun, "bash", "-c", command, check=False, **checkout.env, PROCESSES="1")
     lines = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
-    assert ended.returncode == 2
+    assert "n2: task 1: Exited with exit code 2" in ended.stderr
     assert len(lines) == (1 if rank == "0" else 2)
     told = rank.strip("'")
     for line in lines:
