@@ -126,7 +126,9 @@ class Checkout:
 
 @pytest.fixture
 def checkout(cluster, tmp_path):
-    return Checkout(tmp_path / "checkout", cluster)
+    yield Checkout(tmp_path / "checkout", cluster)
+    cluster.user("scancel", "--user=root")  # of a test that failed in its midst
+    wait_for(lambda: not cluster.left(), 60)
 
 
 @pytest.fixture(scope="module")
@@ -157,9 +159,10 @@ def by_time_limit(cluster, job):
 
 def starts_now(cluster, job):
     """Whether a job that was queued again runs; SLURM lets two minutes pass, and here it need not."""
-    cluster.user("scontrol", "update", f"JobId={job}", "StartTime=now", "TimeLimit=10", check=False)
-    time.sleep(0.5)
-    return cluster.job(job)["JobState"] == "RUNNING"
+    known = cluster.job(job)
+    if known["Reason"] == "BeginTime":
+        cluster.user("scontrol", "update", f"JobId={job}", "StartTime=now", "TimeLimit=10", check=False)
+    return known["JobState"] == "RUNNING"
 
 
 INTERRUPTIONS = {
@@ -259,7 +262,8 @@ def test_where_slurm_signals_the_task_alone_the_recipe_hears_it_too(checkout):
     options = (*OPTIONS, "--checkpoint-every", STEPS, "--out", "run", "--record", "record")
     process = checkout.srun(*options, launcher=launcher, FORWARD="yes", PROCESSES="1")
     checkout.wait_for_steps(2)
-    tasks = [p for p in checkout.cluster.left() if p.name() == "slurm_node.sh" and p.parent().name() == "slurmstepd"]
+    tasks = [p for p in checkout.cluster.left() if "launch/slurm_node.sh" in p.cmdline()]
+    tasks = [task for task in tasks if task.parent().name() == "slurmstepd"]
     assert len(tasks) == 2
     tasks[0].send_signal(signal.SIGUSR1)  # as with proctrack/cgroup
     wait_for(lambda: list((checkout.folder / "run/checkpoints").glob("step-*")), 30)
@@ -328,7 +332,7 @@ def test_a_mistake_is_one_line_before_anything_is_queued(mistake, cluster, check
 @pytest.mark.parametrize("rank", ["0", "'$SLURM_NODEID'"])
 def test_a_node_that_takes_itself_for_another_is_refused(rank, cluster, checkout):
     command = f"SLURM_NODEID={rank} exec launch/slurm_node.sh accelerate_configs/cpu_2proc.yaml recipes/mlp.py"
-    srun = ("srun", "--nodes=2", "--ntasks=2", "--kill-on-bad-exit=1", f"--chdir={checkout.folder}")
+    srun = ("srun", "--nodes=2", "--ntasks=2", "--wait=3", f"--chdir={checkout.folder}")
     ended = cluster.user(*srun, "bash", "-c", command, check=False, **checkout.env, PROCESSES="1")
     lines = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     assert "n2: task 1: Exited with exit code 2" in ended.stderr
