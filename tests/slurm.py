@@ -63,7 +63,7 @@ def missing():
 def install():
     """Install what is missing, where that can be done."""
     if Path("/etc/debian_version").exists() and os.geteuid() == 0 and missing():
-        for command in (["update", "-qq"], ["install", "-qq", "-y", *PACKAGES]):
+        for command in (["update", "-qq"], ["install", "-qq", "-y", "--no-install-recommends", *PACKAGES]):
             subprocess.run(["apt-get", *command], check=True, stdout=subprocess.DEVNULL)
 
 
