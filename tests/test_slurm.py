@@ -10,8 +10,10 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from pathlib import Path
 
 import noisy
+import psutil
 import pytest
 from faultload import ALL, draw, report
 from killing import wait_for
@@ -97,17 +99,18 @@ class Checkout:
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         return subprocess.Popen([str(w) for w in command], cwd=self.folder, env=environment, **pipes)
 
-    def ranks(self):
-        """The processes of the recipe by rank; those that have begun."""
-        found = {}
+    def running(self, *words):
+        """The processes of jobs whose command line begins so; what ends meanwhile is left out."""
+        found = []
         for process in self.cluster.left():
-            with suppress(Exception):  # it has ended meanwhile
-                if process.cmdline()[1:2] == ["paced.py"] and "python" in process.name():
-                    found[int(process.environ()["SLURM_PROCID"])] = process
+            with suppress(psutil.Error):
+                if [Path(word).name for word in process.cmdline()[: len(words)]] == list(words):
+                    found.append(process)
         return found
 
-    def launchers(self):
-        return [process for process in self.cluster.left() if "accelerate" in process.name()]
+    def ranks(self):
+        """The processes of the recipe by rank; those that have begun."""
+        return {int(p.environ()["SLURM_PROCID"]): p for p in self.running(Path(sys.executable).name, "paced.py")}
 
     def steps(self):
         return sum(path.read_bytes().count(b"\n") for path in self.record.glob("rank*.jsonl"))
@@ -182,7 +185,7 @@ def test_a_job_goes_on_through_requeues_and_ends_as_one_never_stopped(cluster, c
     interruptions = ALL_OF_THEM if ALL else list(INTERRUPTIONS)
     for number, how in enumerate(interruptions):
         if how == "while starting":
-            wait_for(checkout.launchers, 60)
+            wait_for(lambda: checkout.running("python", "accelerate"), 60)
         else:
             checkout.wait_for_steps(4, job)
         began = time.monotonic()
@@ -262,8 +265,7 @@ def test_where_slurm_signals_the_task_alone_the_recipe_hears_it_too(checkout):
     options = (*OPTIONS, "--checkpoint-every", STEPS, "--out", "run", "--record", "record")
     process = checkout.srun(*options, launcher=launcher, FORWARD="yes", PROCESSES="1")
     checkout.wait_for_steps(2)
-    tasks = [p for p in checkout.cluster.left() if "launch/slurm_node.sh" in p.cmdline()]
-    tasks = [task for task in tasks if task.parent().name() == "slurmstepd"]
+    tasks = [p for p in checkout.running("bash", "slurm_node.sh") if p.parent().name() == "slurmstepd"]
     assert len(tasks) == 2
     tasks[0].send_signal(signal.SIGUSR1)  # as with proctrack/cgroup
     wait_for(lambda: list((checkout.folder / "run/checkpoints").glob("step-*")), 30)
