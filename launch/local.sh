@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train a recipe on this machine through accelerate launch.
+# Train a recipe on this machine: one process as it is, several through accelerate launch.
 #
 #   launch/local.sh cnn --lr 1e-3            one process: the GPU where there is one, else the CPU
 #   GPUS=8 launch/local.sh cnn               eight processes, a GPU each
@@ -23,10 +23,4 @@ if [ -n "${CONFIG:-}" ]; then
 elif [ "${GPUS:-1}" -gt 1 ]; then
     train --config_file accelerate_configs/ddp.yaml --num_processes "$GPUS" "$file" "$@"
 fi
-gpu=$(python -c 'import torch; print(torch.accelerator.current_accelerator() or "cpu")')
-case $gpu in
-    cpu) config=cpu ;;
-    mps*) config=mps ;;
-    *) config=single_gpu ;;
-esac
-train --config_file "accelerate_configs/$config.yaml" "$file" "$@"
+exec python "$file" "$@" # one process needs no launcher, which would hide how it ended

@@ -106,6 +106,11 @@ class Data:
             return len(self.classes)
         columns = self.train.whole if isinstance(self.train, Part) else self.train
         label = columns.get("label") if isinstance(columns, Mapping) else None
+        if label is None and isinstance(columns, Mapping) and "target" in columns:
+            raise InputError(
+                "the data has numbers to predict ('target'), not class labels; recipes/regression.py learns those, or "
+                "choose the column with load(..., columns={'label': ...}) in the recipe's data"
+            )
         if label is None or label.is_floating_point():
             raise InputError(
                 "the data has no class labels; call their column label, labels, class, target or y, or choose it with "

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from math import isfinite
 
 from scaletrain.grace import grace_seconds
 from scaletrain.recipe import Hook
@@ -17,14 +18,20 @@ def all_hooks(own: Sequence[Hook]) -> list[Hook]:
 
 
 def stop_when_not_finite(run: Run, info: StepInfo) -> None:
-    """Raise FloatingPointError at the first log line after a gradient was NaN or infinite.
+    """Raise FloatingPointError at the first log line after a gradient was NaN or infinite, or with such a loss.
 
-    The weights were not touched (``Run.update``). fp16 skips such steps while its scaler looks for a scale.
+    The weights were not touched by such a gradient (``Run.update``). fp16 skips such steps while its scaler looks for
+    a scale. A loss may be NaN with a gradient that is finite, as that of ``log(-x)``.
     """
     if not run.log_due(info):
         return
     skipped = run.newly_skipped()
     if not skipped:
+        if not isfinite(run.logged.get("loss", 0.0)):
+            raise FloatingPointError(
+                f"the loss of step {info.step} is {run.logged['loss']:.4g}, though its gradient is finite; look for "
+                "the logarithm or root of a negative number in the loss"
+            )
         return
     if (
         run.gradients.scaler is not None and run.gradients.scaler.get_scale() >= 1

@@ -49,7 +49,7 @@ def weighted(loss: Tensor, share: float | Tensor) -> Tensor:
 
 def _wrong(loss: object) -> str:
     if not isinstance(loss, Tensor):
-        got = f"a {type(loss).__name__}"
+        got = "None (is its return missing?)" if loss is None else f"a {type(loss).__name__}"
     elif loss.ndim:
         got = f"a tensor of shape {tuple(loss.shape)}"
     else:

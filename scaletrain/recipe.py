@@ -9,6 +9,7 @@ from torch import Tensor, nn, optim
 from scaletrain.batches import Batch
 from scaletrain.config import Config
 from scaletrain.data import Data
+from scaletrain.errors import InputError
 from scaletrain.optimizers import adamw
 from scaletrain.schedules import Schedule, constant
 
@@ -58,6 +59,23 @@ class Recipe:
     """``hooks(cfg)``: fresh callables ``hook(run, info)``, called after each step on every process."""
     expect: Mapping[str, str] | None = None
     """What the exported weights must reach at default settings, as in ``{"val_accuracy": ">=0.97"}``."""
+
+    def __post_init__(self) -> None:
+        """Raise InputError for a class of torch's where a function is called for."""
+        for name, base, instead in (
+            ("optimizer", optim.Optimizer, "lambda model, cfg: torch.optim.{0}(model.parameters(), lr=cfg.lr)"),
+            (
+                "schedule",
+                optim.lr_scheduler.LRScheduler,
+                "torch_schedule(lambda optimizer, total_steps, cfg: {0}(...))",
+            ),
+        ):
+            given = getattr(self, name)
+            if isinstance(given, type) and issubclass(given, base):
+                raise InputError(
+                    f"the recipe's {name} is the class {given.__name__}; give a function: "
+                    f"{name}={instead.format(given.__name__)}"
+                )
 
 
 def unmet(expect: Mapping[str, str] | None, metrics: Mapping[str, float]) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from launching import RECIPES, TORCHRUN, launch, script
 from torch import nn
 
-from scaletrain import Data, load, main
+from scaletrain import Data, InputError, load, main
 
 QUICK = ["--max-steps", "3"]
 
@@ -338,3 +338,59 @@ def test_processes_that_would_train_alone_are_refused(tmp_path):
     ended = launch(sys.executable, RECIPES / "mlp.py", "--max-steps", "3", SLURM_STEP_NUM_TASKS="4")
     assert ended.returncode == 2
     assert "the launcher started 4 processes, but this one sees 1: each would train alone" in ended.stderr
+
+
+@pytest.mark.parametrize("has_val", [True, False])
+def test_a_loss_without_return_is_told_as_such(has_val, capsys):
+    recipe = replace(tiny.recipe, loss=lambda model, batch, cfg: None, evaluate=None)
+    recipe = recipe if has_val else replace(recipe, data=lambda cfg: Data(tiny.table()))
+    said = ends_with_one_line(capsys, recipe, QUICK)
+    assert "loss returned None (is its return missing?); return a scalar tensor" in said
+
+
+def test_a_model_without_return_is_told_as_such(capsys):
+    said = ends_with_one_line(capsys, replace(tiny.recipe, model=lambda cfg, data: None), QUICK)
+    assert "model returned a NoneType; return an nn.Module" in said
+
+
+def test_a_nan_loss_with_a_finite_gradient_ends_the_run(capsys):
+    def loss(model, batch, cfg):
+        return tiny.loss(model, batch, cfg) + torch.tensor(-1.0).log()
+
+    said = ends_with_one_line(capsys, replace(tiny.recipe, loss=loss), QUICK, code=1)
+    assert "the loss of step 1 is nan, though its gradient is finite" in said
+
+
+def test_classes_of_torch_in_place_of_functions_are_refused():
+    with pytest.raises(InputError, match=r"optimizer is the class SGD; give a function: optimizer=lambda model, cfg"):
+        replace(tiny.recipe, optimizer=torch.optim.SGD)
+    with pytest.raises(InputError, match=r"schedule is the class StepLR; give a function: schedule=torch_schedule"):
+        replace(tiny.recipe, schedule=torch.optim.lr_scheduler.StepLR)
+
+
+def rows(header, *lines):
+    return "\n".join([header, *lines]) + "\n"
+
+
+def test_one_slip_does_not_turn_a_column_of_numbers_into_text_that_nobody_reads(tmp_path):
+    lines = [f"{k}.5,{k / 7},{k % 2}" for k in range(30)]
+    lines[7] = "7.5,1.2x,1"
+    path = tmp_path / "table.csv"
+    path.write_text(rows("a,b,label", *lines))
+    with pytest.raises(InputError, match=r"column 'b' is taken for text because of '1.2x' in row 7"):
+        load(str(path))
+
+
+def test_columns_of_numbers_are_the_same_features_in_whatever_order_a_file_has_them(tmp_path):
+    (tmp_path / "one.csv").write_text(rows("b,a,label", *[f"{k},{-k},{k % 2}" for k in range(30)]))
+    (tmp_path / "two.csv").write_text(rows("a,label,b", *[f"{-k},{k % 2},{k}" for k in range(30)]))
+    one, two = (load(str(tmp_path / name), split_seed=None).train["features"] for name in ("one.csv", "two.csv"))
+    assert torch.equal(one, two)
+    assert one[3].tolist() == [-3, 3]
+
+
+def test_a_number_to_predict_is_not_told_to_be_a_label(tmp_path):
+    path = tmp_path / "y.csv"
+    path.write_text(rows("a,y", *[f"{k},{k * 1.1}" for k in range(200)]))
+    with pytest.raises(InputError, match=r"numbers to predict \('target'\), not class labels; recipes/regression.py"):
+        load(str(path)).n_classes  # noqa: B018

@@ -68,12 +68,13 @@ def test_every_config_holds_only_keys_that_accelerate_knows(config):
     known = set(ClusterConfig.__dataclass_fields__)
     assert set(content) <= known
     assert content["distributed_type"] in DistributedType.__members__
-    processes = {"cpu": 1, "cpu_2proc": 2, "mps": 1, "single_gpu": 1, "ddp": 8, "multi_node": 16}
+    processes = {"cpu": 1, "cpu_2proc": 2, "mps": 1, "single_gpu": 1, "ddp": 8, "fsdp2": 8, "multi_node": 16}
     assert content["num_processes"] == processes[config]
 
 
 def test_the_configs_are_these():
-    assert {path.stem for path in CONFIGS.iterdir()} == {"cpu", "cpu_2proc", "mps", "single_gpu", "ddp", "multi_node"}
+    there = {"cpu", "cpu_2proc", "mps", "single_gpu", "ddp", "fsdp2", "multi_node"}
+    assert {path.stem for path in CONFIGS.iterdir()} == there
 
 
 def test_an_unknown_recipe_is_named():

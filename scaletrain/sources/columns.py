@@ -112,6 +112,8 @@ def find(table: Any, where: str) -> list[Column]:
     if label is not None:
         target = None
     found, singles = [], []
+    if "number" in kinds.values():
+        _check_typing_errors(table, [name for name, kind in kinds.items() if kind == "text" and name != label], where)
     for name, kind in kinds.items():
         if name == label:
             found.append(Column("label", (name,), "label"))
@@ -124,7 +126,7 @@ def find(table: Any, where: str) -> list[Column]:
         elif kind == "image":
             found.append(Column("image" if "image" not in (c.name for c in found) else name, (name,), "image"))
     if singles:
-        found.append(Column("features", tuple(singles), "stacked"))
+        found.append(Column("features", tuple(sorted(singles)), "stacked"))  # in whatever order a file has them
     if all(column.name in ("label", "target") for column in found):
         raise InputError(
             f"{where} has no column to learn from; it has {', '.join(f'{n!r} ({f})' for n, f in features.items())}"
@@ -137,6 +139,22 @@ def find(table: Any, where: str) -> list[Column]:
             stacklevel=2,
         )
     return sorted(found)
+
+
+def _check_typing_errors(table: Any, names: list[str], where: str) -> None:
+    """Raise InputError for a column of text most of which are numbers: one slip would make all of it no input."""
+    import pyarrow.compute as pc
+
+    for name in names:
+        column = table.with_format("arrow").select_columns([name])[:][name]
+        is_number = pc.match_substring_regex(column, r"^\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*$")
+        slips = pc.indices_nonzero(pc.invert(pc.fill_null(is_number, True))).to_pylist()
+        if len(column) and len(slips) < len(column) / 2:
+            value = column[slips[0]].as_py() if slips else "text"
+            raise InputError(
+                f"{where}: column '{name}' is taken for text because of {value!r} in row {slips[0] if slips else 0} "
+                "(counted from 0), and most of it are numbers; mend it, or name the columns you want with columns={...}"
+            )
 
 
 def _many_values(table: Any, name: str, kind: str) -> bool:
