@@ -10,7 +10,7 @@ TESTS := OMP_WAIT_POLICY=PASSIVE
 TWO_AT_A_TIME := --numprocesses 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-faults test-min lint check bench clean
+.PHONY: help setup train test test-faults test-slurm test-min lint check bench clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,7 +24,7 @@ setup: .venv/.installed ## make .venv with the pinned versions
 	@touch $@
 
 train: .venv/.installed ## train a recipe: make train RECIPE=mlp ARGS="--lr 3e-3"
-	@launch/local.sh $(RECIPE) $(ARGS)
+	@launch/$(or $(CLUSTER),local).sh $(RECIPE) $(ARGS)
 
 test: .venv/.installed ## run the tests (about 11 minutes on two cores)
 	@$(TESTS) $(BIN)/python -m pytest $(TWO_AT_A_TIME) $(ARGS)
@@ -33,6 +33,10 @@ test-faults: .venv/.installed ## all of the fault matrix: kills, full disks, hos
 	@rm -f .faults.jsonl
 	@$(TESTS) SCALETRAIN_FAULTS=all SCALETRAIN_FAULTS_REPORT=$(CURDIR)/.faults.jsonl $(BIN)/python -m pytest tests/test_faults_*.py $(ARGS)
 	@$(BIN)/python -m benchmarks.faults .faults.jsonl --out benchmarks/results/faults.md
+
+test-slurm: .venv/.installed ## start a SLURM of two nodes on this machine and run jobs on it (Debian, as root; six minutes)
+	@$(BIN)/python tests/slurm.py
+	@$(TESTS) SCALETRAIN_SLURM=1 $(BIN)/python -m pytest -rs tests/test_slurm.py $(ARGS)
 
 test-min: .venv-min/.installed ## run the tests with the oldest versions that pyproject.toml admits
 	@$(TESTS) .venv-min/bin/python -m pytest $(TWO_AT_A_TIME) $(ARGS)

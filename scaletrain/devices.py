@@ -20,6 +20,7 @@ from torch import Tensor
 from scaletrain.agreement import SAVING, gather_texts
 from scaletrain.errors import FAILED, InputError
 from scaletrain.sharding import asked_for, shard_on_cpu
+from scaletrain.slurm import join_srun
 
 NOTHING = nullcontext()
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
@@ -92,6 +93,7 @@ def set_up(precision: str = "auto", threads: int | None = None) -> Devices:
     Raises InputError where the choices cannot work together, and where the launcher started several processes
     that would each train alone.
     """
+    join_srun()
     launch = read_launch(os.environ)
     sharded = asked_for(os.environ)
     device_type = available_device()

@@ -34,6 +34,7 @@ from scaletrain.misfit import explain
 from scaletrain.recipe import Recipe
 from scaletrain.run import Result, Run, Step
 from scaletrain.signals import noting
+from scaletrain.slurm import join_srun
 from scaletrain.watchdog import watching
 
 OTHERS_SECONDS = 2
@@ -54,9 +55,10 @@ def main(
     what is a bug.
     """
     run: Run | None = None
-    with noting(alone="LOCAL_RANK" not in os.environ) as signals, warnings.catch_warnings():
+    with noting(alone=not {"LOCAL_RANK", "SLURM_STEP_ID"} & os.environ.keys()) as signals, warnings.catch_warnings():
         warnings.filterwarnings("error", BROADCASTS)  # what is learned then is not what was meant
         try:
+            join_srun()
             cfg = parse(recipe.config, argv, description=_about(recipe))
             run = start(recipe, cfg, source=_script() if argv is None else None, step=step, signals=signals)
             with watching(run):
@@ -158,6 +160,7 @@ def _record(run: Run | None, code: int, reason: str) -> str:
     The rank that fails first writes it; what then fails on the others is a consequence.
     """
     if run is None:
+        _record_early(code, reason)
         return ""
     if run.saver is not None and run.devices.world_size == 1 and code != INTERRUPTED:
         with contextlib.suppress(Exception):  # with several processes the others could be waited for in vain
@@ -171,6 +174,15 @@ def _record(run: Run | None, code: int, reason: str) -> str:
     with contextlib.suppress(CheckpointError):  # the last lines of metrics.jsonl, which going on would cut anyway
         run.tracking.close()
     return problem
+
+
+def _record_early(code: int, reason: str) -> None:
+    """Leave exit.json, before there is a run, where a launch script looks for it: launchers hide the exit code."""
+    folder = Path(os.environ.get("SCALETRAIN_OUT", ""))
+    if "SCALETRAIN_OUT" in os.environ and is_first_process() and not (folder / "exit.json").exists():
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            record_exit(folder, code, reason)
 
 
 def _leave(code: int) -> NoReturn:

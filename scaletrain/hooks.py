@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence
 from math import isfinite
 
+from scaletrain.grace import grace_seconds
 from scaletrain.recipe import Hook
 from scaletrain.run import Run, StepInfo
 
@@ -11,9 +12,9 @@ from scaletrain.run import Run, StepInfo
 def all_hooks(own: Sequence[Hook]) -> list[Hook]:
     """Return the hooks of a run in the order in which they are called; ``own`` are the recipe's.
 
-    Saving comes last: what it saves is the end of the step.
+    Saving comes last but for what looks at it: what it saves is the end of the step.
     """
-    return [stop_when_not_finite, stop_without_progress, Throughput(), *own, save_when_due]
+    return [stop_when_not_finite, stop_without_progress, Throughput(), *own, save_when_due, SavesInTime()]
 
 
 def stop_when_not_finite(run: Run, info: StepInfo) -> None:
@@ -58,6 +59,22 @@ def save_when_due(run: Run, info: StepInfo) -> None:
     """Save a checkpoint beside training: every so many steps or minutes, after a best score, and on SIGUSR1."""
     if run.save_due(info):
         run.save()
+
+
+class SavesInTime:
+    """Warn once when a save took longer than a run has that is told to leave: it would be lost."""
+
+    def __init__(self) -> None:
+        self._grace = grace_seconds()
+
+    def __call__(self, run: Run, info: StepInfo) -> None:
+        if self._grace is None or run.saver is None or run.saver.seconds <= self._grace:
+            return
+        run.tracking.warn(
+            f"saving takes {run.saver.seconds:.1f} s, but only {self._grace:.0f} s are given after a SIGTERM: the run "
+            "would go on from the checkpoint before; give it more (GRACE or SCALETRAIN_GRACE_SECONDS)"
+        )
+        self._grace = None
 
 
 MOST_WAITING = 0.1

@@ -13,9 +13,9 @@ import scaletrain
 LAYERS = (  # each may import those before it
     ("errors",),
     ("new", "plots", "pulse"),
-    ("permutation", "schedules", "config", "state", "signals", "randomness", "mixing", "blocks", "misfit"),
+    ("permutation", "schedules", "config", "state", "signals", "grace", "randomness", "mixing", "blocks", "misfit"),
     ("order", "agreement", "optimizers", "optimizer_state", "sharding"),
-    ("share", "metrics"),
+    ("share", "metrics", "slurm"),
     ("devices",),
     ("checkpoint",),
     ("folder", "ema", "alike"),

@@ -87,7 +87,19 @@ def test_an_unknown_recipe_is_named():
 def test_make_alone_prints_the_targets():
     ended = launch("make", "-C", ROOT, "--no-print-directory")
     targets = re.findall(r"^  make ([a-z-]+) +\S", ended.stdout, re.MULTILINE)
-    assert targets == ["help", "setup", "train", "test", "test-faults", "test-min", "lint", "check", "bench", "clean"]
+    assert targets == [
+        "help",
+        "setup",
+        "train",
+        "test",
+        "test-faults",
+        "test-slurm",
+        "test-min",
+        "lint",
+        "check",
+        "bench",
+        "clean",
+    ]
 
 
 def test_make_train_hands_on_recipe_and_options_and_installs_nothing_twice():

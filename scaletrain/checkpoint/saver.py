@@ -2,6 +2,7 @@
 
 import os
 import threading
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -32,6 +33,8 @@ class Saver:
         """Why the last save failed, known on this rank; ``wait`` raises it."""
         self.saved_step = -1
         """Step of the newest checkpoint that was begun, or resumed from."""
+        self.seconds = 0.0
+        """How long the last save took, from the first copy to the commit."""
         self._snapshot = Snapshot(copying)
         self._commit = Commit(folder, writing, files or Files(), self.keep)
         self._thread: threading.Thread | None = None
@@ -47,10 +50,11 @@ class Saver:
         Every rank must reach this line.
         """
         self.wait()
+        began = time.monotonic()
         self._snapshot.take(parts)
         self.saved_step = step
         self._thread = threading.Thread(
-            target=self._work, args=(step, state, tuple(beside), best_step), name=SAVING, daemon=True
+            target=self._work, args=(began, step, state, tuple(beside), best_step), name=SAVING, daemon=True
         )
         self._thread.start()
 
@@ -63,10 +67,11 @@ class Saver:
             failure, self.failure = self.failure, None
             raise failure
 
-    def _work(self, step: int, state: bytes, beside: Iterable[Path], best_step: int) -> None:
+    def _work(self, began: float, step: int, state: bytes, beside: Iterable[Path], best_step: int) -> None:
         _be_nice()
         try:
             self._commit(step, self._snapshot, state, beside, best_step)
+            self.seconds = time.monotonic() - began
         except BaseException as error:  # a thread that dies in silence would let training go on unsaved
             self.failure = error
 

@@ -19,6 +19,7 @@ from scaletrain.data import Data
 from scaletrain.devices import Devices, seed_generators
 from scaletrain.ema import EMA
 from scaletrain.errors import InputError, Preempted
+from scaletrain.grace import seconds_left
 from scaletrain.loader import HeldOut, Loader, MicroBatch
 from scaletrain.loss import shares, weighted
 from scaletrain.metrics import Objects
@@ -124,6 +125,9 @@ class Run:
         """Save this very step and raise Preempted, on all processes. Every rank must reach this line."""
         if self.ema is not None and self.ema.in_use:  # in a validation
             self.ema.swap()
+        if self.saver is not None and (left := seconds_left()) < self.saver.seconds:
+            took = f"saving took {self.saver.seconds:.1f} s"
+            self.tracking.warn(f"{left:.0f} s are left and {took}: the run may go on from the checkpoint before")
         self.save(self.handed_out)
         if self.saver is not None:
             self.saver.wait()
