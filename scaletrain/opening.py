@@ -47,7 +47,7 @@ def open_folder(run: Run, name: str, source: str | None) -> None:
     """Make the run folder or go on in it, record what runs, and introduce it. Every rank must reach this line."""
     devices = run.devices
     run.folder = agree_on_folder(run.cfg.out, name, devices.control)
-    if gather_texts("left" if left_before_restart(run.folder) else "", devices.control)[0]:
+    if all(gather_texts("left" if left_before_restart(run.folder) else "", devices.control)):
         raise Preempted(PREEMPTED)  # a later job goes on
     before = (run.folder / ENVIRONMENT).exists()
     try:
