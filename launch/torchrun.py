@@ -2,14 +2,18 @@
 
 import json
 import os
+import socket
 import sys
+import threading
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import NoReturn
 
 USAGE = "usage: launch/torchrun.sh RECIPE [options]"
 INPUT, FAILED, HOME = 2, 1, Path(__file__).resolve().parent.parent
+CONNECT_SECONDS, ANSWER_SECONDS = 5, 30
 HEARTBEAT_SECONDS, BEATS = 5, 6
 """A machine that is silent for so many beats is lost; one that was only slow would go on beside the others."""
 
@@ -49,6 +53,8 @@ def be_torchrun(words: Sequence[str]) -> tuple[int, str]:
 
     args = parse_args(list(words))
     meeting = f"{args.rdzv_endpoint} (HEAD)"
+    if is_foreign(args.rdzv_endpoint):
+        return FAILED, f"{meeting} is taken by a program that is no meeting point of a run; choose another port"
     try:
         run(args)
     except ChildFailedError as error:
@@ -70,6 +76,28 @@ def be_torchrun(words: Sequence[str]) -> tuple[int, str]:
             "machine whose command was started first, with a port that no other program has"
         )
     return 0, ""
+
+
+def is_foreign(endpoint: str) -> bool:
+    """Whether another program listens where the machines are to meet: torchrun would wait for its answer for ever."""
+    from torch.distributed import TCPStore
+
+    host, _, port = endpoint.rpartition(":")
+    answers: list[bool] = []
+
+    def ask() -> None:
+        with suppress(RuntimeError, TimeoutError):  # no store is made of what closes the connection
+            TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=wait()))
+            answers.append(True)
+
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
+    except OSError:
+        return False  # nobody is there yet
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(min(wait(), ANSWER_SECONDS))
+    return not answers
 
 
 def agent_options(env: Mapping[str, str], folder: Path | None) -> list[str]:
@@ -161,7 +189,9 @@ def exports(config: str, file: Path) -> dict[str, str]:
     if not path.is_file():
         end(INPUT, f"CONFIG={config}: there is no {path.relative_to(HOME)}")
     one = ["--num_machines", "1", "--main_process_port", "0", "--num_cpu_threads_per_process", "1"]
-    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(["--config_file", str(path), *one, str(file)]))
+    args, _, _ = _validate_launch_command(
+        launch_command_parser().parse_args(["--config_file", str(path), *one, str(file)])
+    )
     env = prepare_multi_gpu_env(args)
     return {name: value for name, value in env.items() if name.startswith(("ACCELERATE_", "FSDP_"))}
 

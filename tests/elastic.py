@@ -1,7 +1,7 @@
 """Agents of launch/torchrun.sh that come, are killed, and come back; and a recipe that records what each step read.
 
-The recipe is ``noisy`` in its plain form, in float64, slowed down so that there is time to disturb it. Each rank appends a
-line after each step: which start of the run it belongs to, the rows it read, and its share of the loss.
+The recipe is ``noisy`` without its hooks, slowed down so that there is time to disturb it. Each rank appends a line after
+each step: which start of the run it belongs to, the rows it read, and its share of the loss.
 """
 
 import json
@@ -19,10 +19,11 @@ from pathlib import Path
 import noisy
 import numpy as np
 import psutil
+from killing import wait_for
 from launching import ROOT
 from worlds import WORLD, end_processes
 
-from scaletrain import main
+from scaletrain import main, train_step
 from scaletrain.agreement import gather_texts
 from scaletrain.order import Shuffled
 
@@ -38,6 +39,8 @@ class ElasticConfig(noisy.NoisyConfig):
 
 
 rows = []
+about = {}
+"""Which start of the run this is: rank 0's process id, this rank, and how many there are."""
 
 
 def loss(model, batch, cfg):
@@ -45,27 +48,21 @@ def loss(model, batch, cfg):
     return noisy.loss(model, batch, cfg)
 
 
-class Record:
-    """Append what this rank read and found in each step, at once: a SIGKILL must not lose what was done."""
-
-    def __init__(self, cfg):
-        self.cfg, self.start = cfg, ""
-        name = f"{os.getpid()}.jsonl"
-        self.file = os.open(Path(cfg.record) / name, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-
-    def __call__(self, run, info):
-        self.start = self.start or gather_texts(str(os.getpid()), run.devices.control)[0]
-        about = {"start": self.start, "rank": run.devices.rank, "world": run.devices.world_size, "step": info.step}
-        bits = noisy.digest(run)
-        line = about | {"rows": rows, "loss": float(info.loss).hex(), "digest": bits}
-        os.write(self.file, json.dumps(line).encode() + b"\n")
-        if not (Path(self.cfg.record) / "go").exists():
-            time.sleep(self.cfg.pause)
+def step(run, micro_batches):
+    """Do a step and record it at once: a SIGKILL must not lose what was done, and hooks may come after a restart."""
+    info = train_step(run, micro_batches)
+    if not about:
+        first = gather_texts(str(os.getpid()), run.devices.control)[0]
+        about.update(start=first, rank=run.devices.rank, world=run.devices.world_size)
+    line = about | {"step": info.step, "rows": rows, "loss": float(info.loss).hex(), "digest": noisy.digest(run)}
+    with (Path(run.cfg.record) / f"{os.getpid()}.jsonl").open("ab", buffering=0) as file:
+        file.write(json.dumps(line).encode() + b"\n")
+    if not (Path(run.cfg.record) / "go").exists():
+        time.sleep(run.cfg.pause)
+    return info
 
 
-recipe = replace(
-    noisy.recipe, config=ElasticConfig, loss=loss, hooks=lambda cfg: [*noisy.hooks(replace(cfg, record="")), Record(cfg)]
-)
+recipe = replace(noisy.recipe, config=ElasticConfig, loss=loss, hooks=None)
 
 
 def recorded(folder):
@@ -78,8 +75,13 @@ def recorded(folder):
     return found
 
 
+def steps_of(folder, world):
+    """How many steps so many ranks have done."""
+    return sum(len(lines) == lines[0]["world"] == world for lines in recorded(folder).values())
+
+
 def curve(folder, steps, batch_size=24, n=101, seed=0):
-    """The loss of each step, however often it was done: 1e-9 apart at most; after a check of which rows it read."""
+    """The losses of each step, which may have been done again, and on how many ranks; each read what the order says."""
     losses, worlds = defaultdict(list), set()
     for (_, step), lines in recorded(folder).items():
         order = Shuffled(n, seed)(np.arange((step - 1) * batch_size, step * batch_size)).tolist()
@@ -141,6 +143,10 @@ def machines(folder, *arguments, **env):
 
     def join(**own):
         agents.append(Agent(world, folder / f"agent{len(agents)}.log", arguments, **(shared | own)))
+        if len(agents) == 1 and shared["HEAD"].startswith(
+            "localhost:"
+        ):  # all are on this host: the first is to meet at
+            wait_for(lambda: agents[0].process.poll() is not None or listens(shared["HEAD"]))
         return agents[-1]
 
     try:
@@ -149,9 +155,18 @@ def machines(folder, *arguments, **env):
         for agent in agents:
             print(f"--- {agent.log.name} ---\n{agent.said()[-6000:]}")
         end_processes(world)
+        for agent in agents:
+            agent.process.wait(10)
         raise
     left = end_processes(world)
     assert not left, f"processes were left over: {left}"
+
+
+def listens(endpoint):
+    with suppress(OSError):
+        socket.create_connection(endpoint.split(":"), timeout=1).close()
+        return True
+    return False
 
 
 def free_port():
@@ -161,4 +176,4 @@ def free_port():
 
 
 if __name__ == "__main__":
-    main(recipe)
+    main(recipe, step=step)

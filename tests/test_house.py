@@ -14,7 +14,7 @@ LAYERS = (  # each may import those before it
     ("errors",),
     ("new", "plots"),
     ("permutation", "schedules", "config", "state", "signals", "randomness", "mixing", "blocks", "misfit"),
-    ("order", "agreement", "optimizers", "optimizer_state"),
+    ("order", "agreement", "optimizers", "optimizer_state", "meeting"),
     ("share", "metrics"),
     ("devices",),
     ("checkpoint",),
