@@ -4,6 +4,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 RECIPE ?= cnn
 ARGS ?=
+# where to train: empty or local (this machine), torchrun, kubernetes; launch/README.md has the variables of each
+CLUSTER ?=
 BIN := .venv/bin
 # OpenMP's threads spin while they wait, which starves the several processes of a test on few cores.
 TESTS := OMP_WAIT_POLICY=PASSIVE
@@ -24,7 +26,7 @@ setup: .venv/.installed ## make .venv with the pinned versions
 	@touch $@
 
 train: .venv/.installed ## train a recipe: make train RECIPE=mlp ARGS="--lr 3e-3"
-	@launch/local.sh $(RECIPE) $(ARGS)
+	@launch/$(or $(CLUSTER),local).sh $(RECIPE) $(ARGS)
 
 test: .venv/.installed ## run the tests (about 11 minutes on two cores)
 	@$(TESTS) $(BIN)/python -m pytest $(TWO_AT_A_TIME) $(ARGS)

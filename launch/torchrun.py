@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -12,7 +13,8 @@ from pathlib import Path
 from typing import NoReturn
 
 USAGE = "usage: launch/torchrun.sh RECIPE [options]"
-INPUT, FAILED, HOME = 2, 1, Path(__file__).resolve().parent.parent
+FAILED, INPUT, PREEMPTED, INTERRUPTED = 1, 2, 75, 130  # as in scaletrain/errors.py
+HOME = Path(__file__).resolve().parent.parent
 CONNECT_SECONDS, ANSWER_SECONDS = 5, 30
 HEARTBEAT_SECONDS, BEATS = 5, 6
 """A machine that is silent for so many beats is lost; one that was only slow would go on beside the others."""
@@ -20,6 +22,8 @@ HEARTBEAT_SECONDS, BEATS = 5, 6
 
 def main() -> None:
     """Join the other machines, train, and end with the exit code of the run."""
+    # until the processes are there, nothing is lost; and the first process of a container has no handler by default
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(PREEMPTED))
     file, options = recipe_file(sys.argv[1:]), sys.argv[2:]
     folder = run_folder(options, os.environ)
     if folder is None and setting("RESTARTS", 3) > 0:
@@ -61,7 +65,7 @@ def be_torchrun(words: Sequence[str]) -> tuple[int, str]:
         print(error, file=sys.stderr)
         return FAILED, ""
     except SignalException as told:
-        return 128 + told.sigval, ""
+        return INTERRUPTED if told.sigval == signal.SIGINT else PREEMPTED, ""
     except RendezvousTimeoutError:
         return FAILED, (
             f"{meeting}: fewer than {args.nnodes.split(':')[0]} machines (NODES) came within {wait()} s (WAIT); "
@@ -187,7 +191,7 @@ def exports(config: str, file: Path) -> dict[str, str]:
 
     path = HOME / "accelerate_configs" / f"{config}.yaml"
     if not path.is_file():
-        end(INPUT, f"CONFIG={config}: there is no {path.relative_to(HOME)}")
+        end(INPUT, f"CONFIG={config}: there is no {path}")
     one = ["--num_machines", "1", "--main_process_port", "0", "--num_cpu_threads_per_process", "1"]
     args, _, _ = _validate_launch_command(
         launch_command_parser().parse_args(["--config_file", str(path), *one, str(file)])

@@ -1,7 +1,7 @@
 """Agents of launch/torchrun.sh that come, are killed, and come back; and a recipe that records what each step read.
 
-The recipe is ``noisy`` without its hooks, slowed down so that there is time to disturb it. Each rank appends a line after
-each step: which start of the run it belongs to, the rows it read, and its share of the loss.
+The recipe is ``noisy`` without its hooks, slowed down so that there is time to disturb it. Each rank appends a line
+after each step: which start of the run it belongs to, the rows it read, and its share of the loss.
 """
 
 import json

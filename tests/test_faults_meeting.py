@@ -86,8 +86,8 @@ def test_a_rank_that_never_comes_is_named():
     said, codes = by_hand(0, 2, world_size=4, MASTER_PORT=elastic.free_port())
     line = last_error("".join(said))  # rank 0 speaks for both
     assert re.fullmatch(
-        r"error: 2 of 4 ranks \(WORLD_SIZE\) came to 127\.0\.0\.1:\d+ within 4 s, from \S+; missing: 1, 3; start them, or "
-        r"make WORLD_SIZE what was started",
+        r"error: 2 of 4 ranks \(WORLD_SIZE\) came to 127\.0\.0\.1:\d+ within 4 s, from \S+; missing: 1, 3; "
+        r"start them, or make WORLD_SIZE what was started",
         line,
     )
     assert codes == [2, 2]
@@ -100,7 +100,7 @@ CASES = ("the port of rank 0 is taken", "rank 0 is missing", "a rank is started 
 @pytest.mark.parametrize("case", CASES if amount(2, 1) == 2 else draw("N6", seed=1).sample(CASES, 1))
 def test_ranks_that_cannot_meet_say_so_in_one_line(case):
     with foreign_program() as taken:
-        port, wait = elastic.free_port(), 4
+        port = elastic.free_port()
         if case == "the port of rank 0 is taken":
             said, codes = by_hand(0, world_size=2, MASTER_PORT=taken)
             wanted = f"error: 127.0.0.1:{taken} (MASTER_ADDR:MASTER_PORT) is taken by another program"
@@ -109,7 +109,7 @@ def test_ranks_that_cannot_meet_say_so_in_one_line(case):
             wanted = f"error: rank 1: 127.0.0.1:{port} (MASTER_ADDR:MASTER_PORT) was not opened by rank 0 within 4 s"
         elif case == "a rank is started twice":
             said, codes = by_hand(0, 1, 1, world_size=3, MASTER_PORT=port, wait=8)
-            said = [text for text in said if "twice" in text or "2 times" in text]
+            said = [text for text in said if "2 times" in text]  # the others then miss rank 2
             wanted = "error: rank 1: rank 1 was started 2 times"
         else:
             said, codes = by_hand(2, world_size=2, MASTER_PORT=port)
