@@ -4,8 +4,6 @@ SHELL := /bin/bash
 PYTHON ?= python3
 RECIPE ?= cnn
 ARGS ?=
-# where to train: empty or local (this machine), torchrun, kubernetes; launch/README.md has the variables of each
-CLUSTER ?=
 BIN := .venv/bin
 # OpenMP's threads spin while they wait, which starves the several processes of a test on few cores.
 TESTS := OMP_WAIT_POLICY=PASSIVE

@@ -6,6 +6,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -94,14 +95,23 @@ def is_foreign(endpoint: str) -> bool:
             TCPStore(host, int(port), is_master=False, timeout=timedelta(seconds=wait()))
             answers.append(True)
 
-    try:
-        socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
-    except OSError:
-        return False  # nobody is there yet
     asking = threading.Thread(target=ask, daemon=True)
-    asking.start()
-    asking.join(min(wait(), ANSWER_SECONDS))
-    return not answers
+    deadline = time.monotonic() + min(wait(), ANSWER_SECONDS)
+    while listens(host, int(port)):  # else nobody is there yet, or any more
+        if asking.ident is None:
+            asking.start()
+        asking.join(1)
+        if answers or time.monotonic() > deadline:
+            return not answers
+    return False
+
+
+def listens(host: str, port: int) -> bool:
+    """Whether somebody takes connections there."""
+    with suppress(OSError):
+        socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
+        return True
+    return False
 
 
 def agent_options(env: Mapping[str, str], folder: Path | None) -> list[str]:

@@ -40,7 +40,8 @@ class ElasticConfig(noisy.NoisyConfig):
 
 rows = []
 about = {}
-"""Which start of the run this is: rank 0's process id, this rank, and how many there are."""
+"""Which start of the run this is, by rank 0's mark, this rank, and how many there are."""
+mark = uuid.uuid4().hex
 
 
 def loss(model, batch, cfg):
@@ -52,10 +53,10 @@ def step(run, micro_batches):
     """Do a step and record it at once: a SIGKILL must not lose what was done, and hooks may come after a restart."""
     info = train_step(run, micro_batches)
     if not about:
-        first = gather_texts(str(os.getpid()), run.devices.control)[0]
+        first = gather_texts(mark, run.devices.control)[0]
         about.update(start=first, rank=run.devices.rank, world=run.devices.world_size)
     line = about | {"step": info.step, "rows": rows, "loss": float(info.loss).hex(), "digest": noisy.digest(run)}
-    with (Path(run.cfg.record) / f"{os.getpid()}.jsonl").open("ab", buffering=0) as file:
+    with (Path(run.cfg.record) / f"{mark}.jsonl").open("ab", buffering=0) as file:
         file.write(json.dumps(line).encode() + b"\n")
     if not (Path(run.cfg.record) / "go").exists():
         time.sleep(run.cfg.pause)
@@ -101,11 +102,11 @@ def curve(folder, steps, batch_size=24, n=101, seed=0):
 class Agent:
     """One machine's launch/torchrun.sh, and the processes that it started."""
 
-    def __init__(self, world, log, arguments, **env):
-        self.world, self.log = world, log
+    def __init__(self, world, log, arguments, within=(), **env):
+        self.world, self.log, self.within = world, log, within
         quiet = {"PYTHONWARNINGS": "ignore", "OMP_NUM_THREADS": "1", "RENDEZVOUS": QUICK}
         environment = os.environ | quiet | {"GPUS": "0", WORLD: world} | {k: str(v) for k, v in env.items()}
-        words = [str(word) for word in (ROOT / "launch/torchrun.sh", SCRIPT, *arguments)]
+        words = [str(word) for word in (*within, ROOT / "launch/torchrun.sh", SCRIPT, *arguments)]
         with log.open("w") as file:
             self.process = subprocess.Popen(words, env=environment, stdout=file, stderr=file, start_new_session=True)
 
@@ -122,7 +123,12 @@ class Agent:
         self.process.wait(10)
 
     def tell_to_leave(self):
-        self.process.send_signal(signal.SIGTERM)
+        """Send SIGTERM to the agent, as a scheduler does; to the first process of its container where it has one."""
+        told = psutil.Process(self.process.pid)
+        if self.within:
+            wait_for(told.children)
+            (told,) = told.children()
+        told.send_signal(signal.SIGTERM)
 
     def code(self, timeout=120):
         """Wait for its end; return its exit code. A hang is a failure."""

@@ -2,12 +2,13 @@
 
 import json
 import signal
+import subprocess
 import time
 from collections import defaultdict
 
 import elastic
 import pytest
-from faultload import ALL, amount, draw, report
+from faultload import ALL, amount, cannot, draw, report
 from killing import wait_for
 
 from scaletrain import start
@@ -154,3 +155,28 @@ def test_processes_that_were_told_to_leave_are_not_trained_on_by_their_launcher(
         agent.workers()[0].send_signal(signal.SIGTERM)
         assert agent.code() == 75, agent.said()
     assert len({line["start"] for found in elastic.recorded(home / "record").values() for line in found}) == 1
+
+
+CONTAINER = ("unshare", "--pid", "--fork", "--mount-proc", "--kill-child")
+"""Makes the command the first process of a process namespace, as in a pod: signals without a handler are ignored."""
+
+
+def test_a_container_that_is_told_to_leave_at_any_time_ends_with_75_and_its_successor_goes_on(home):
+    if subprocess.run([*CONTAINER, "true"], capture_output=True, check=False).returncode != 0:
+        cannot("this machine lets nobody make a process namespace")
+    signals, random, steps = amount(10, 1), draw("T6"), 600
+    options = arguments(home, steps, *PLAIN, "--pause", 0.05)
+    with elastic.machines(home, *options, PROCESSES=2, within=CONTAINER) as join:
+        for number in range(signals):
+            pod, before = join(), elastic.steps_of(home / "record", 2)
+            if number % 3 == 0:  # else also while it starts
+                wait_for(lambda before=before: elastic.steps_of(home / "record", 2) > before + 2, SECONDS)
+            time.sleep(random.uniform(0, 6))
+            pod.tell_to_leave()
+            assert pod.code(30) == 75, pod.said()
+        (home / "record/go").touch()
+        assert join().code() == 0
+    furthest, _ = furthest_from(never_stopped(home / "whole", steps), home, steps)
+    assert furthest < 1e-9
+    report("T6 SIGTERM to the first process of a container, 2 processes", signals,
+           f"exit code 75, the successor goes on; losses {furthest:.1e} apart at most (float64)")  # fmt: skip
