@@ -179,7 +179,7 @@ def recipe_file(words: Sequence[str]) -> Path:
 def run_folder(options: Sequence[str], env: Mapping[str, str]) -> Path | None:
     """Return the folder that the recipe is told to use."""
     given = env.get("SCALETRAIN_OUT")
-    for word, following in zip(options, [*options[1:], ""], strict=True):
+    for word, following in zip(options, [*options, ""][1:], strict=True):
         name, equals, value = word.partition("=")
         if name == "--out":
             given = value if equals else following

@@ -179,6 +179,8 @@ def introduction(run: Run, name: str) -> list[str]:
     share = -(-cfg.batch_size // devices.world_size)
     count = run.loader.micro_batches
     processes = "1 process" if devices.world_size == 1 else f"{devices.world_size} processes"
+    hosts = {text.partition(" ")[2] for text in devices.processes}
+    processes += f" of {len(hosts)} machines" if len(hosts) > 1 else ""
     threads = f"{devices.threads} thread{'s' * (devices.threads > 1)} each"
     exact = "" if cfg.batch_size % (devices.world_size * count) == 0 else "at most "
     held_out = "".join(f", {split} {part.reader.n:,}" for split, part in run.held_out.items())

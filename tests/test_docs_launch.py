@@ -56,4 +56,4 @@ def test_the_variables_that_torchrun_sh_lists_are_those_that_are_read():
     reader = (ROOT / "launch/torchrun.py").read_text()
     assert len(listed) == 10
     for name in listed:
-        assert f'"{name}"' in reader, name
+        assert re.search(rf"""['"]{name}['"]""", reader), name
