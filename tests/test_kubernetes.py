@@ -1,6 +1,5 @@
 """What launch/kubernetes.sh makes of its variables is what Kubernetes 1.37 knows, and says what we mean."""
 
-import json
 import subprocess
 
 import kubernetes_validate
@@ -140,4 +139,13 @@ def test_it_hands_to_kubectl_what_it_prints(tmp_path):
     assert applied.returncode == 0, applied.stderr
     assert (tmp_path / "arguments").read_text() == "apply -f -\n"
     assert (tmp_path / "given").read_text() == render("lm", NODES="2").stdout
-    assert json.dumps(list(yaml.safe_load_all((tmp_path / "given").read_text())))
+
+
+def test_the_image_holds_what_a_pod_runs():
+    lines = (ROOT / "launch/Dockerfile").read_text().splitlines()
+    copied = [word for line in lines if line.startswith("COPY ") for word in line.split()[1:-1]]
+    assert all((ROOT / name).exists() for name in copied)
+    assert {"launch", "recipes", "scaletrain", "accelerate_configs"} <= set(copied)
+    _, job = resources("lm")
+    assert container(job)["command"] == ["launch/torchrun.sh"]
+    assert (ROOT / "launch/torchrun.sh").stat().st_mode & 0o111
