@@ -107,7 +107,7 @@ class Transformer(nn.Module):
                 f"a sequence of {x.shape[1]} is longer than the model's context of {self.context}; cut it, or raise "
                 "--context"
             )
-        x = self.dropout(x + self.position.weight[: x.shape[1]])
+        x = self.dropout(x + self.position(torch.arange(x.shape[1], device=x.device)))
         for block in self.blocks:
             x = block(x, valid)
         return self.norm(x)

@@ -1,7 +1,8 @@
-"""The repeated blocks of a network, and computing them twice to save memory."""
+"""The repeated blocks of a network: computing them twice to save memory, compiling each alone."""
 
 from functools import partial
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
@@ -23,12 +24,7 @@ def recompute_blocks(module: nn.Module) -> None:
     of all blocks'. Names of parameters stay. Raises InputError for a module without blocks, and for BatchNorm in
     them, which would count each batch twice.
     """
-    found, name = blocks(module), type(module).__name__
-    if not found:
-        raise InputError(
-            f"--activation-checkpointing: {name} has no nn.ModuleList; put the layers that repeat into one, "
-            "or leave it out"
-        )
+    found = _blocks_for("--activation-checkpointing", module)
     if any(isinstance(part, _BatchNorm) for block in found for part in block.modules()):
         raise InputError(
             "--activation-checkpointing computes blocks twice, and BatchNorm would count each batch twice; use "
@@ -36,3 +32,22 @@ def recompute_blocks(module: nn.Module) -> None:
         )
     for block in found:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+
+
+def compile_blocks(module: nn.Module) -> None:
+    """Compile what each block computes; blocks of one kind are compiled once. Names of parameters stay.
+
+    Raises InputError for a module without blocks.
+    """
+    for block in _blocks_for("--compile-blocks", module):
+        block.forward = torch.compile(block.forward)
+
+
+def _blocks_for(option: str, module: nn.Module) -> list[nn.Module]:
+    found = blocks(module)
+    if not found:
+        raise InputError(
+            f"{option}: {type(module).__name__} has no nn.ModuleList; put the layers that repeat into one, "
+            "or leave it out"
+        )
+    return found

@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+from dataclasses import replace
 from math import ceil
 from pathlib import Path
 
@@ -10,22 +11,27 @@ from torch import nn, optim
 from torch.nn.parallel import DistributedDataParallel
 
 from scaletrain.agreement import gather_texts, together
+from scaletrain.alike import check_alike, of_config, of_model
 from scaletrain.batches import length
-from scaletrain.blocks import recompute_blocks
+from scaletrain.blocks import compile_blocks, recompute_blocks
 from scaletrain.config import Config
 from scaletrain.content import fingerprint
 from scaletrain.data import Data
 from scaletrain.devices import Devices, set_up
 from scaletrain.errors import InputError
 from scaletrain.feed import build_loaders, load_data, seed_everything
+from scaletrain.folder import agree_on_folder, short
 from scaletrain.hooks import all_hooks
 from scaletrain.loop import forward_backward, train_step
+from scaletrain.memory import FILE as MEMORY
+from scaletrain.memory import halved, has_limit, largest, remembered, short_of_memory
 from scaletrain.metrics import Objects, Sums
 from scaletrain.opening import open_folder
 from scaletrain.optimizer_state import parameter_names
 from scaletrain.recipe import Recipe
 from scaletrain.run import Run, Step
 from scaletrain.run.resume import identity
+from scaletrain.sharding import recomputes, shard
 from scaletrain.signals import Signals
 
 
@@ -44,17 +50,27 @@ def start(
     work, before the folder is made; CheckpointError where no checkpoint can be read; Finished where all is done.
     Every process calls it.
     """
-    run = assemble(recipe, cfg, step=step, signals=signals)
-    warm_up(run)
     source = source or source_of(recipe)
+    run = assemble(recipe, cfg, step=step, signals=signals, source=source)
+    run.folder = agree_on_folder(cfg.out, Path(source).stem, run.devices.control)
+    fit_memory(run)
+    warm_up(run)
     open_folder(run, Path(source).stem, source)
     return run
 
 
-def assemble(recipe: Recipe, cfg: Config, *, step: Step | None = None, signals: Signals | None = None) -> Run:
+def assemble(
+    recipe: Recipe,
+    cfg: Config,
+    *,
+    step: Step | None = None,
+    signals: Signals | None = None,
+    source: str | None = None,
+) -> Run:
     """Build a run without a folder: it writes and says nothing. Raises InputError. Every process calls it."""
     cfg.check()
     devices = set_up(cfg.precision, cfg.threads)
+    check_alike("configuration", of_config(cfg, source), devices.control)
     check_batch_size(cfg, devices)
     data = load_data(recipe, cfg, devices)
     module, model = build_model(recipe, cfg, data, devices)
@@ -122,13 +138,19 @@ def build_model(recipe: Recipe, cfg: Config, data: Data, devices: Devices) -> tu
     for name, value in module.state_dict().items():
         if not isinstance(value, torch.Tensor):
             raise InputError(f"the model's state '{name}' is a {type(value).__name__}; only tensors can be saved")
+    check_alike("model", of_model(module), devices.control)
     if not module.training:
         module.train()
-    if cfg.activation_checkpointing:
-        recompute_blocks(module)
-    if cfg.compile:
-        module.compile()
     accelerator = devices.accelerator
+    if cfg.activation_checkpointing or (devices.sharded and recomputes(accelerator)):
+        recompute_blocks(module)
+    if cfg.compile_blocks or (cfg.compile and devices.sharded):
+        compile_blocks(module)
+    elif cfg.compile:
+        module.compile()
+    if devices.sharded:
+        shard(module, accelerator)
+        return module, module
     model = accelerator.prepare_model(module)
     module = accelerator.unwrap_model(model, keep_fp32_wrapper=False)  # the loop has its own autocast
     return module, model
@@ -162,6 +184,60 @@ def named_by(objects: Objects) -> list[str]:
         except (ValueError, RuntimeError):  # one example is too few for some
             objects.reset()
             return list(objects.metrics)
+
+
+def fit_memory(run: Run) -> None:
+    """Halve the micro-batch on all processes until a forward and backward pass fit into the memory of each.
+
+    The passes exchange nothing, so that nobody waits for one that fails. A model that is sharded cannot compute
+    alone: where its memory runs out, the run ends and the next start tries half (``memory.remember``). On CPUs nothing
+    is tried out without a limit on memory, as ``ulimit -v`` sets: nothing else fails there. Every rank must reach
+    this line.
+    """
+    devices = run.devices
+    if smaller := remembered(run.folder, largest(run), devices.control):
+        run.notes.append(
+            f"micro-batch {smaller}: {largest(run)} did not fit into memory before; to try it again, remove "
+            f"{short(run.folder / MEMORY)}"
+        )
+        divide(run, smaller)
+    limited = gather_texts("yes" if devices.device.type != "cpu" or has_limit() else "", devices.control)
+    if devices.sharded or not any(limited):
+        return
+    while ranks := short_of_memory(lambda: try_out(run), devices.control):
+        smaller = halved(run, ranks)
+        who = f"rank {', '.join(map(str, ranks))}"
+        run.notes.append(f"micro-batch {smaller}: {largest(run)} do not fit into the memory of {who}")
+        divide(run, smaller)
+
+
+def divide(run: Run, micro_batch_size: int) -> None:
+    """Divide the batch into micro-batches of at most so many examples."""
+    run.cfg = replace(run.cfg, micro_batch_size=micro_batch_size)
+    run.loader, run.held_out = build_loaders(run.recipe, run.cfg, run.data, run.module, run.devices)
+
+
+def try_out(run: Run) -> None:
+    """Compute the gradient of the first micro-batch twice, without any other process, and leave no trace of it.
+
+    Beside the first gradient, the second pass needs what every later one will; what the optimizer is going to
+    remember is stood in for by twice the parameters, as Adam's is.
+    """
+    buffers = [(buffer, buffer.clone()) for buffer in run.module.buffers()]
+    parameters = [p for p in run.gradients.parameters if not run.optimizer.state.get(p)]
+    stand_in = [torch.empty_like(p) for p in parameters for _ in range(2)]
+    try:
+        batch, _ = run.prepare_step(run.loader.first())[0]
+        for _ in range(2):
+            with run.gradients.exchanging(last=False):
+                with run.devices.autocast():
+                    loss = run.recipe.loss(run.model, batch, run.cfg)
+                run.gradients.backward(loss)
+    finally:
+        stand_in.clear()
+        run.gradients.zero()
+        for buffer, before in buffers:
+            buffer.copy_(before)
 
 
 def warm_up(run: Run) -> None:

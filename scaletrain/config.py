@@ -15,7 +15,8 @@ from scaletrain.errors import InputError
 
 NOT_LEARNED_FROM = (
     "out", "resume", "checkpoint_every", "checkpoint_minutes", "keep_last", "keep_every",
-    "threads", "workers", "track", "log_every", "compile", "activation_checkpointing",
+    "threads", "workers", "track", "log_every", "stuck_minutes", "compile", "compile_blocks",
+    "activation_checkpointing",
 )  # fmt: skip
 """Options that say where and how a run works, not what is learned."""
 
@@ -51,7 +52,9 @@ class Config:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of the forward pass. auto: bf16 or fp16 on CUDA GPUs, fp32 elsewhere."""
     compile: bool = False
-    """Compile the model with torch.compile."""
+    """Compile the model with torch.compile. Where it is sharded: its blocks."""
+    compile_blocks: bool = False
+    """Compile each block of the model (its nn.ModuleList) alone, which takes a fraction of the time."""
     activation_checkpointing: bool = False
     """Compute the blocks of the model (its nn.ModuleList) again in the backward pass instead of keeping them."""
     threads: int | None = None
@@ -81,12 +84,14 @@ class Config:
     """Validation metric that decides what is best; lower is better, or say max:val_accuracy."""
     patience: int | None = None
     """Stop after this many validations in a row without a better monitored metric."""
+    stuck_minutes: float | None = 10
+    """End the run when no process has got any further for so long; None never does. The first step may take longer."""
     track: Literal["none", "wandb", "tensorboard"] = "none"
     """Also send metrics to a tracker; wandb works offline without a key."""
 
     def check(self) -> None:
         """Raise InputError for a value that cannot work. A recipe's own config may extend it."""
-        for name in ("lr", "epochs", "max_grad_norm", "max_grad_value", "checkpoint_minutes"):
+        for name in ("lr", "epochs", "max_grad_norm", "max_grad_value", "checkpoint_minutes", "stuck_minutes"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and math.isfinite(value)):
                 raise InputError(f"--{_dashed(name)} is {value}; it must be a finite number above 0")

@@ -20,6 +20,7 @@ from torch import Tensor
 from scaletrain.agreement import SAVING, gather_texts
 from scaletrain.errors import FAILED, InputError
 from scaletrain.meeting import meet
+from scaletrain.sharding import asked_for, shard_on_cpu
 
 NOTHING = nullcontext()
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -51,6 +52,8 @@ class Devices:
     """gloo group for the thread that saves: a group serves one thread only."""
     processes: tuple[str, ...] = ()
     """Of each rank: its process id and host."""
+    sharded: bool = False
+    """Whether the model is divided over the processes (FSDP2), not copied."""
 
     @property
     def is_first(self) -> bool:
@@ -91,6 +94,7 @@ def set_up(precision: str = "auto", threads: int | None = None) -> Devices:
     that would each train alone.
     """
     launch = read_launch(os.environ)
+    sharded = asked_for(os.environ)
     device_type = available_device()
     check_processes(device_type, launch)
     chosen = choose_precision(precision, device_type, os.environ.get("ACCELERATE_MIXED_PRECISION"), _gpu_has_bf16())
@@ -106,6 +110,8 @@ def set_up(precision: str = "auto", threads: int | None = None) -> Devices:
             f"the launcher started {launch.world_size} processes, but this one sees {accelerator.num_processes}: "
             "each would train alone; launch with torchrun or accelerate launch and one of accelerate_configs/"
         )
+    if sharded and device_type == "cpu" and accelerator.num_processes > 1:
+        shard_on_cpu()
     atexit.unregister(_close_groups)
     atexit.register(_close_groups)
     control, checkpoint = _own_groups() if accelerator.num_processes > 1 else (None, None)
@@ -120,6 +126,7 @@ def set_up(precision: str = "auto", threads: int | None = None) -> Devices:
         control=control,
         checkpoint=checkpoint,
         processes=tuple(gather_texts(f"{os.getpid()} {platform.node()}", control)),
+        sharded=sharded and accelerator.is_fsdp2,
     )
 
 

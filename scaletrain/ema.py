@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from scaletrain.checkpoint.tensors import local_part
+from scaletrain.sharding import reshard
 
 
 class EMA:
@@ -20,7 +21,7 @@ class EMA:
         trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
         self.tensors = {name: p.detach().clone() for name, p in trained.items()}
         self._pairs = [(local_part(p), local_part(self.tensors[name])) for name, p in trained.items()]
-        self._sharded = [part for part in module.modules() if hasattr(part, "reshard")]
+        self._module = module
 
     @torch.no_grad()
     def update(self, step: int, finite: Tensor) -> None:
@@ -41,8 +42,7 @@ class EMA:
             kept = weight.clone()
             weight.copy_(average)
             average.copy_(kept)
-        for part in self._sharded:  # what FSDP2 has gathered is no longer so
-            part.reshard()  # type: ignore[operator]  # the modules that FSDP2 has changed
+        reshard(self._module)  # what FSDP2 has gathered is no longer so
         self.in_use = not self.in_use
 
     @torch.no_grad()

@@ -20,6 +20,7 @@ from scaletrain.errors import (
     FAILED,
     INPUT,
     INTERRUPTED,
+    OUT_OF_MEMORY,
     RANK_ENDED_EARLY,
     CheckpointError,
     Finished,
@@ -28,10 +29,12 @@ from scaletrain.errors import (
 )
 from scaletrain.folder import record_exit, short
 from scaletrain.loop import train
+from scaletrain.memory import is_out_of_memory, remember
 from scaletrain.misfit import explain
 from scaletrain.recipe import Recipe
 from scaletrain.run import Result, Run, Step
 from scaletrain.signals import noting
+from scaletrain.watchdog import watching
 
 OTHERS_SECONDS = 2
 """A rank that fails alone waits so long for rank 0 to speak before it speaks itself."""
@@ -56,8 +59,9 @@ def main(
         try:
             cfg = parse(recipe.config, argv, description=_about(recipe))
             run = start(recipe, cfg, source=_script() if argv is None else None, step=step, signals=signals)
-            loop(run)
-            return run.finish()
+            with watching(run):
+                loop(run)
+                return run.finish()
         except Finished as done:
             if is_first_process():
                 print(done)
@@ -78,6 +82,8 @@ def main(
                 _leave(RANK_ENDED_EARLY)
             raise
         except BaseException as error:
+            if run is not None and is_out_of_memory(error):
+                _end(run, OUT_OF_MEMORY, f"error: {remember(run)}", at_once=True)
             if run is not None and _is_about_others(error):
                 _end_alone(run, error)
             if line := explain(error):
@@ -125,9 +131,12 @@ def earlier_result(folder: Path) -> Result:
         _end(None, INPUT, f"error: {folder} is done but its result.json cannot be read ({error}); choose another --out")
 
 
-def _end(run: Run | None, code: int, reason: str) -> NoReturn:
-    """Say once why the run ended, on rank 0 where it failed too, and leave with ``code``."""
-    if is_first_process():
+def _end(run: Run | None, code: int, reason: str, *, at_once: bool = False) -> NoReturn:
+    """Say once why the run ended, on rank 0 where it failed too, and leave with ``code``.
+
+    ``at_once``: only this rank can know, whichever it is.
+    """
+    if is_first_process() or at_once:
         problem = _record(run, code, reason)
         print(f"{reason}{problem}", file=sys.stderr, flush=True)
     elif run is not None and not _somebody_spoke(run):

@@ -9,6 +9,9 @@ INPUT = 2
 CHECKPOINT = 3
 """A checkpoint could not be written, or none could be read."""
 RANK_ENDED_EARLY = 70
+"""A rank ended or hung while the others went on."""
+OUT_OF_MEMORY = 71
+"""Start the same command again: it goes on with smaller micro-batches."""
 PREEMPTED = 75
 """Asked to leave (SIGTERM); everything is saved: start the same command again to continue."""
 INTERRUPTED = 130

@@ -26,6 +26,13 @@ def explain(error: BaseException) -> str | None:
     """Return what does not fit, where in the recipe, and what to do; None where the exception is of another kind."""
     if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, ABOUT_TENSORS):
         return None
+    if "mixed torch.Tensor and DTensor" in str(error):
+        where = _where(list(traceback.walk_tb(error.__traceback__)))
+        return (
+            f"{where}a weight is used outside of the layer that holds it, "
+            "where FSDP2 has not gathered it; call the layer, or let the launcher's configuration wrap the part that "
+            "uses it (accelerate_configs/fsdp2.yaml)"
+        )
     frames = list(traceback.walk_tb(error.__traceback__))
     for frame, _ in reversed(frames):
         name, found = frame.f_code.co_name, frame.f_locals

@@ -22,7 +22,6 @@ from scaletrain.errors import (
 )
 from scaletrain.folder import (
     ENVIRONMENT,
-    agree_on_folder,
     describe_environment,
     exit_code,
     keep_source,
@@ -44,9 +43,8 @@ MODEL_LINES = 20
 
 
 def open_folder(run: Run, name: str, source: str | None) -> None:
-    """Make the run folder or go on in it, record what runs, and introduce it. Every rank must reach this line."""
+    """Begin or go on in the run's folder, record what runs, and introduce it. Every rank must reach this line."""
     devices = run.devices
-    run.folder = agree_on_folder(run.cfg.out, name, devices.control)
     if all(gather_texts("left" if left_before_restart(run.folder) else "", devices.control)):
         raise Preempted(PREEMPTED)  # a later job goes on
     before = (run.folder / ENVIRONMENT).exists()
@@ -98,7 +96,7 @@ def _introduce(run: Run, name: str, checkpoint: Checkpoint | None) -> None:
     """Say what runs and what it goes on from, and connect the tracker; rank 0 does."""
     for line in introduction(run, name):
         run.tracking.say(line)
-    for warning in doubts(run):
+    for warning in [*doubts(run), *run.notes]:
         run.tracking.warn(warning)
     if checkpoint is not None:
         for line in continuation(run, checkpoint):
@@ -175,12 +173,13 @@ def introduction(run: Run, name: str) -> list[str]:
     parameters = sum(p.numel() for p in module.parameters())
     frozen = sum(p.numel() for p in module.parameters() if not p.requires_grad)
     model = str(module)
-    shown = model if model.count("\n") < MODEL_LINES else type(module).__name__
+    shown = (model if model.count("\n") < MODEL_LINES else type(module).__name__).removeprefix("FSDP")
     share = -(-cfg.batch_size // devices.world_size)
     count = run.loader.micro_batches
     processes = "1 process" if devices.world_size == 1 else f"{devices.world_size} processes"
     hosts = {text.partition(" ")[2] for text in devices.processes}
     processes += f" of {len(hosts)} machines" if len(hosts) > 1 else ""
+    processes += ", the model divided over them (FSDP2)," if devices.sharded else ""
     threads = f"{devices.threads} thread{'s' * (devices.threads > 1)} each"
     exact = "" if cfg.batch_size % (devices.world_size * count) == 0 else "at most "
     held_out = "".join(f", {split} {part.reader.n:,}" for split, part in run.held_out.items())

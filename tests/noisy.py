@@ -4,9 +4,11 @@ Dropout, BatchNorm, augmentation, momentum, a schedule, a hook with a state of i
 weights, buffers, optimizer and examples after each step, so that two runs can be compared step by step.
 """
 
+import ctypes
 import hashlib
 import json
 import os
+import resource
 import signal
 import threading
 import time
@@ -17,7 +19,6 @@ from pathlib import Path
 import tiny
 import torch
 from torch import nn
-from torch.distributed.fsdp import fully_shard
 
 from scaletrain import Config, Recipe, build, constant, cosine, one_cycle, opening, step_decay, warmup_cosine
 from scaletrain.agreement import Wishes
@@ -27,6 +28,14 @@ from scaletrain.checkpoint.tensors import is_sharded, local_part
 from scaletrain.optimizer_state import saved_state
 
 SCHEDULES = {f.__name__: f for f in (constant, cosine, one_cycle, step_decay, warmup_cosine)}
+SHARDED = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP",
+    "FSDP_MIN_NUM_PARAMS": "1",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
+"""What ``accelerate launch`` exports for FSDP2, each layer gathered on its own."""
 OPTIMIZERS = {
     "sgd": lambda p, cfg: torch.optim.SGD(p, lr=cfg.lr, momentum=0.9),
     "adamw": lambda p, cfg: torch.optim.AdamW(p, lr=cfg.lr, fused=True),
@@ -46,11 +55,15 @@ class NoisyConfig(Config):
     plain: bool = False
     """Nothing random and no BatchNorm: the curve depends on the order of summation alone. In float64."""
     fsdp: bool = False
-    """Shard the model with FSDP2, which Accelerate never chooses on a CPU."""
+    """Divide the model over the processes with FSDP2."""
     leave_at: int = 0
     """Step after which the process gets a SIGTERM."""
     moment: str = ""
     """Where in the run rank 1 gets a SIGTERM; a key of MOMENTS."""
+    hungry: str = ""
+    """Phase in which rank 1 needs more memory than it may have, from its sixth step on."""
+    stuck: str = ""
+    """What befalls rank 1 in its third step; a key of MISHAPS."""
     slow_disk: float = 0.0
     """Seconds that each write of a checkpoint takes longer."""
 
@@ -67,19 +80,71 @@ def augment(batch, cfg):
 
 
 def shard_where_asked():
-    """Let ``start`` wrap the model with FSDP2 where the config says so."""
-    wrap = build.build_model
+    """Let ``start`` divide the model with FSDP2 where the config says so, as the launcher's variables do."""
+    assemble = build.assemble
 
-    def build_model(recipe, cfg, data, devices):
-        if not cfg.fsdp:
-            return wrap(recipe, cfg, data, devices)
-        build.seed_everything(cfg.seed)
-        module = recipe.model(cfg, data)
-        for layer in module:
-            fully_shard(layer)
-        return fully_shard(module), module
+    def assemble_as_asked(recipe, cfg, **options):
+        os.environ.update(SHARDED | {"ACCELERATE_USE_FSDP": str(cfg.fsdp).lower()})
+        return assemble(recipe, cfg, **options)
 
-    build.build_model = build_model
+    build.assemble = assemble_as_asked
+
+
+HUNGRY = ("forward", "backward", "optimizer", "validation", "saving")
+MEBIBYTE = 1 << 20
+
+
+def eat(phase, cfg):
+    """Ask for 2 GiB where only half a GiB more may be had; on rank 1, if this is the phase, and not before its time."""
+    if cfg.hungry == phase and os.environ.get("RANK", "1") == "1" and _passed.get("steps", 0) >= 6:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + 512 * MEBIBYTE
+        resource.setrlimit(resource.RLIMIT_AS, (limit, resource.getrlimit(resource.RLIMIT_AS)[1]))
+        torch.empty(2048 * MEBIBYTE, dtype=torch.uint8)
+
+
+class HungryBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, loss, cfg):
+        ctx.cfg = cfg
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        eat("backward", ctx.cfg)
+        return gradient, None
+
+
+def _raise():
+    raise ValueError("something is wrong on this rank")
+
+
+def _hold_the_interpreter():
+    """Sleep in C without letting any other thread of the process run Python."""
+    ctypes.PyDLL(None).sleep(600)
+
+
+MISHAPS = {
+    "raise": _raise,
+    "async exception": lambda: ctypes.pythonapi.PyThreadState_SetAsyncExc(
+        ctypes.c_ulong(threading.main_thread().ident), ctypes.py_object(ZeroDivisionError)
+    ),
+    "SIGINT": lambda: os.kill(os.getpid(), signal.SIGINT),
+    "SIGTERM": lambda: os.kill(os.getpid(), signal.SIGTERM),
+    "SIGKILL": lambda: os.kill(os.getpid(), signal.SIGKILL),
+    "SIGSTOP": lambda: os.kill(os.getpid(), signal.SIGSTOP),
+    "abort": os.abort,
+    "segfault": lambda: ctypes.string_at(0),
+    "interpreter held": _hold_the_interpreter,
+    "sleep": lambda: time.sleep(600),
+}
+"""What may befall a rank in the midst of its forward pass."""
+
+
+def befall(cfg):
+    if cfg.stuck and os.environ.get("RANK", "1") == "1" and _passed.get("steps", 0) == 3 and cfg.stuck not in _told:
+        _told.add(cfg.stuck)
+        MISHAPS[cfg.stuck]()
 
 
 MOMENTS = ("loading data", "before step 0", "accumulating", "collective", "validating", "saving", "after the last step")
@@ -109,12 +174,17 @@ def data(cfg):
 
 
 def loss(model, batch, cfg):
+    _passed["steps"] = _passed.get("steps", 0) + 1
     at("accumulating", cfg)
-    return tiny.loss(model, batch, cfg)
+    eat("forward", cfg)
+    befall(cfg)
+    found = tiny.loss(model, batch, cfg)
+    return HungryBackward.apply(found, cfg) if cfg.hungry == "backward" else found
 
 
 def evaluate(model, batch, cfg):
     at("validating", cfg)
+    eat("validation", cfg)
     return tiny.evaluate(model, batch, cfg)
 
 
@@ -137,7 +207,16 @@ class Moments:
 
         Files.write, Wishes.send = slow_write, late_send
 
+    def state_dict(self):
+        eat("saving", self.cfg)
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
     def __call__(self, run, info):
+        if info.step == 1:
+            run.optimizer.register_step_pre_hook(lambda *_: eat("optimizer", self.cfg))
         if info.step == run.total_steps:
             at("after the last step", self.cfg)
 

@@ -92,7 +92,7 @@ def test_the_figures_are_scikit_learns(processes, shared_path):
 
 @pytest.mark.world_size(3)
 def test_the_figures_are_scikit_learns_of_a_model_that_fsdp2_shards(shared_path, monkeypatch):
-    monkeypatch.setattr(build, "build_model", build.build_model)  # put back what the next line replaces
+    monkeypatch.setattr(build, "assemble", build.assemble)  # put back what the next line replaces
     noisy.shard_where_asked()
     check(shared_path, replace(recipe, config=noisy.NoisyConfig, model=noisy.model), plain=True, fsdp=True)
 

@@ -69,12 +69,13 @@ def test_every_config_holds_only_keys_that_accelerate_knows(config):
     known = set(ClusterConfig.__dataclass_fields__)
     assert set(content) <= known
     assert content["distributed_type"] in DistributedType.__members__
-    processes = {"cpu": 1, "cpu_2proc": 2, "mps": 1, "single_gpu": 1, "ddp": 8, "multi_node": 16}
+    processes = {"cpu": 1, "cpu_2proc": 2, "mps": 1, "single_gpu": 1, "ddp": 8, "fsdp2": 8, "multi_node": 16}
     assert content["num_processes"] == processes[config]
 
 
 def test_the_configs_are_these():
-    assert {path.stem for path in CONFIGS.iterdir()} == {"cpu", "cpu_2proc", "mps", "single_gpu", "ddp", "multi_node"}
+    there = {"cpu", "cpu_2proc", "mps", "single_gpu", "ddp", "fsdp2", "multi_node"}
+    assert {path.stem for path in CONFIGS.iterdir()} == there
 
 
 def test_an_unknown_recipe_is_named():
@@ -142,6 +143,13 @@ def test_torchrun_sh_ends_with_the_code_of_the_run(tmp_path):
     ended = launch(TORCHRUN_SH, *again, GPUS="0", RESTARTS="0")
     assert ended.returncode == 2
     assert outcome(tmp_path / "run")["code"] == 2
+
+
+def test_torchrun_sh_divides_the_model_where_the_config_says_so(tmp_path):
+    options = ("mlp", *QUICK, "--out", tmp_path / "run")
+    ended = launch(TORCHRUN_SH, *options, GPUS="0", PROCESSES="2", CONFIG="fsdp2")
+    assert ended.returncode == 0, ended.stderr
+    assert "2 processes, the model divided over them (FSDP2), on cpu" in ended.stdout
 
 
 def test_a_config_of_accelerate_reaches_the_processes_as_accelerate_launch_passes_it(tmp_path, monkeypatch):

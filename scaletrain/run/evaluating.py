@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from scaletrain.sharding import reshard
+
 if TYPE_CHECKING:
     from scaletrain.run.run import Run
 
@@ -24,9 +26,11 @@ def evaluating(run: Run) -> Iterator[None]:
         # what FSDP2 gathers in inference mode it cannot train with
         with averaged(run), torch.no_grad() if run.gradients.sharded else torch.inference_mode():
             yield
+        run.pulse.at("after the step")
     finally:
         for module, training in modes:
             module.training = training
+        reshard(run.module)
         run.paused_seconds += time.perf_counter() - started
 
 

@@ -10,15 +10,23 @@ from scaletrain.checkpoint.tensors import is_sharded, local_part
 from scaletrain.config import Config
 from scaletrain.devices import NOTHING, Devices
 from scaletrain.optimizers import begin_momentum
+from scaletrain.pulse import Pulse
 
 
 class Gradients:
     """The gradients of the parameters that ``optimizer`` trains."""
 
     def __init__(
-        self, module: nn.Module, model: nn.Module, optimizer: optim.Optimizer, devices: Devices, cfg: Config
+        self,
+        module: nn.Module,
+        model: nn.Module,
+        optimizer: optim.Optimizer,
+        devices: Devices,
+        cfg: Config,
+        pulse: Pulse,
     ) -> None:
         """``model`` is ``module`` as it is wrapped for several processes; ``cfg`` says how to clip."""
+        self._pulse = pulse
         self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
         self.sharded = any(map(is_sharded, self.parameters))
         self.skipped = torch.zeros((), device=devices.device)
@@ -44,18 +52,21 @@ class Gradients:
 
     def exchanging(self, last: bool) -> AbstractContextManager[None]:
         """Average over processes in the last micro-batch only; forward and backward go inside."""
+        self._pulse.at("forward")
         if last or self._devices.world_size == 1:
             return NOTHING
         return self._devices.accelerator.no_sync(self._model)  # type: ignore[no-any-return]  # accelerate has no types
 
     def backward(self, part: Tensor) -> None:
         """Add the gradient of this process's part of the mean loss; the exchange averages, so it is scaled up."""
+        self._pulse.at("backward")
         if self._devices.world_size > 1:
             part = part * self._devices.world_size
         (part if self.scaler is None else self.scaler.scale(part)).backward()
 
     def clip(self) -> Tensor | None:
         """Cut the gradient down to the longest norm or largest value allowed; return its norm before, 0-d."""
+        self._pulse.at("optimizer")
         if self.scaler is not None:
             self.scaler.unscale_(self._optimizer)
         if self._max_value is not None:

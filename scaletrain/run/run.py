@@ -25,6 +25,7 @@ from scaletrain.metrics import Objects
 from scaletrain.optimizer_state import hyperparameters
 from scaletrain.optimizers import base_values, set_factors
 from scaletrain.permutation import MASK, STRIDE, seed_for
+from scaletrain.pulse import Pulse
 from scaletrain.recipe import Hook, Metric, Recipe
 from scaletrain.run.capture import captured
 from scaletrain.run.ending import replaced, say_outcome, take_best, write_outcome
@@ -32,6 +33,7 @@ from scaletrain.run.evaluating import evaluating
 from scaletrain.run.gradients import Gradients
 from scaletrain.run.info import Result, StepInfo
 from scaletrain.run.requests import Requests
+from scaletrain.sharding import reshard
 from scaletrain.signals import Signals
 from scaletrain.state import State
 from scaletrain.streams import StreamLoader
@@ -81,7 +83,11 @@ class Run:
     """Time spent in validation so far, which throughput leaves out."""
 
     def __post_init__(self) -> None:
-        self.gradients = Gradients(self.module, self.model, self.optimizer, self.devices, self.cfg)
+        self.pulse = Pulse()
+        """What this process is busy with."""
+        self.notes: list[str] = []
+        """What is to be said as a warning once the run can speak."""
+        self.gradients = Gradients(self.module, self.model, self.optimizer, self.devices, self.cfg, self.pulse)
         self.requests = Requests(self.devices, self.signals, self.cfg.checkpoint_minutes)
         self._seed = seed_for(self.cfg.seed, 3, self.devices.rank)
         self._base = base_values(self.optimizer)
@@ -101,6 +107,7 @@ class Run:
     def stopping(self) -> bool:
         """Whether a stop that some process asked for a step ago is due. Every rank must reach this line."""
         self.signals.training = True
+        self.pulse.at("waiting for the others")
         granted = self.requests.exchange(failed=self.saver is not None and self.saver.failure is not None)
         if granted.failed and self.saver is not None:
             self.saver.wait()
@@ -108,6 +115,7 @@ class Run:
             self.leave(granted.leave)
         if granted.stop:
             self.state.stop_reason = gather_texts(self.requests.stop, self.devices.control)[granted.stop - 1]
+        self.pulse.at("reading data")
         return bool(self.state.stop_reason)
 
     def leave(self, code: int) -> NoReturn:
@@ -142,6 +150,7 @@ class Run:
     def hand_out(self, info: StepInfo) -> Iterator[StepInfo]:
         """Move the counters on to after the step that ``info`` describes, and yield it once."""
         self.state.step, self.state.samples_seen = info.step, info.samples_seen
+        self.pulse.at("after the step")
         self.losses = self.losses + info.loss
         if self.ema is not None:
             self.ema.update(info.step, info.finite)
@@ -182,7 +191,7 @@ class Run:
 
     def weights(self) -> list[tuple[int, int]]:
         """Tell whether the weights are still the same tensors and nothing has been written to them."""
-        return [(p.data_ptr(), p._version) for p in map(local_part, self.module.parameters())]
+        return [(p.data_ptr(), p._version) for p in map(local_part, self.gradients.parameters)]
 
     def mean(self, share: Tensor) -> float:
         """Add up the processes' shares of a mean. Waits for the device; every rank must reach this line."""
@@ -214,6 +223,7 @@ class Run:
         A long validation listens too: told to leave, it does not go on to its end, unless it is one of a hook's
         own or with other weights, which are not to be saved. Every rank must reach this line.
         """
+        self.pulse.at("validation")
         code = self.requests.told_to_leave()
         if code and self.saver is not None and self.due_with == self.weights():
             self.leave(code)
@@ -263,14 +273,18 @@ class Run:
         """
         if self.saver is None or self.saver.saved_step == self.state.step:
             return
+        self.pulse.at("saving")
         self.tracking.flush()
+        reshard(self.module)  # in a validation it is gathered
         tensors, facts = captured(self, unfinished)
         beside = [self.folder / name for name in ("metrics.jsonl", "timing.jsonl")] if self.devices.is_first else []
         self.saver.save(self.state.step, tensors, dump(facts), beside=beside, best_step=self.state.best_step)
         self.requests.saved()
+        self.pulse.at("after the step")
 
     def take_best(self) -> None:
         """Save the end of training, then put the best weights into the model. Every rank must reach this line."""
+        self.pulse.at("waiting for the others")
         self.requests.wishes.drain()
         if self.result_step < 0:
             self.save()
