@@ -19,6 +19,7 @@ from torch import Tensor
 
 from scaletrain.agreement import SAVING, gather_texts
 from scaletrain.errors import FAILED, InputError
+from scaletrain.meeting import meet
 from scaletrain.sharding import asked_for, shard_on_cpu
 from scaletrain.slurm import join_srun
 
@@ -100,11 +101,13 @@ def set_up(precision: str = "auto", threads: int | None = None) -> Devices:
     check_processes(device_type, launch)
     chosen = choose_precision(precision, device_type, os.environ.get("ACCELERATE_MIXED_PRECISION"), _gpu_has_bf16())
     number = choose_threads(threads, os.environ, cores(), launch) or torch.get_num_threads()
+    met = meet(os.environ)
     AcceleratorState._reset_state()  # a second run in the same process may choose another precision
     with _omp_num_threads(number):
         accelerator = Accelerator(
             cpu=device_type == "cpu", mixed_precision=chosen if chosen in ("bf16", "fp16") else "no"
         )
+    del met  # its process group has the same store now
     torch.set_num_threads(number)
     if device_type == "cuda":  # fp32 means it; torch's own default computes convolutions in TF32
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = chosen != "fp32"

@@ -84,8 +84,8 @@ def describe_environment(devices: Devices) -> dict[str, Any]:
 
 
 def launch_id() -> str:
-    """Return what tells one launch from another, the same for the restarts of one."""
-    names = ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_RESTART_COUNT")
+    """Return what tells one launch from another, the same for the restarts of one on as many processes."""
+    names = ("TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "SLURM_RESTART_COUNT", "WORLD_SIZE")
     return " ".join(os.environ.get(name, "") for name in names).strip()
 
 
@@ -143,7 +143,10 @@ def exit_code(folder: Path) -> int | None:
 
 
 def left_before_restart(folder: Path) -> bool:
-    """Whether this very launch left because it was told to, and its launcher took that for a failure."""
+    """Whether this very launch left because it was told to, and its launcher took that for a failure.
+
+    Only where all ranks say so: a launcher that has just come, or processes that are fewer, came to go on.
+    """
     if int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) == 0 or exit_code(folder) != PREEMPTED:
         return False
     said = json.loads((folder / "exit.json").read_text())

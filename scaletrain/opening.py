@@ -45,7 +45,7 @@ MODEL_LINES = 20
 def open_folder(run: Run, name: str, source: str | None) -> None:
     """Begin or go on in the run's folder, record what runs, and introduce it. Every rank must reach this line."""
     devices = run.devices
-    if gather_texts("left" if left_before_restart(run.folder) else "", devices.control)[0]:
+    if all(gather_texts("left" if left_before_restart(run.folder) else "", devices.control)):
         raise Preempted(PREEMPTED)  # a later job goes on
     before = (run.folder / ENVIRONMENT).exists()
     try:
@@ -177,6 +177,8 @@ def introduction(run: Run, name: str) -> list[str]:
     share = -(-cfg.batch_size // devices.world_size)
     count = run.loader.micro_batches
     processes = "1 process" if devices.world_size == 1 else f"{devices.world_size} processes"
+    hosts = {text.partition(" ")[2] for text in devices.processes}
+    processes += f" of {len(hosts)} machines" if len(hosts) > 1 else ""
     processes += ", the model divided over them (FSDP2)," if devices.sharded else ""
     threads = f"{devices.threads} thread{'s' * (devices.threads > 1)} each"
     exact = "" if cfg.batch_size % (devices.world_size * count) == 0 else "at most "

@@ -1,5 +1,7 @@
 """The choices of device, number format, threads and copies; MPS and CUDA by what they are told, not by hardware."""
 
+from dataclasses import replace
+
 import psutil
 import pytest
 import tiny
@@ -15,6 +17,7 @@ from scaletrain.devices import (
     read_launch,
     set_up,
 )
+from scaletrain.opening import introduction
 
 
 @pytest.mark.parametrize(
@@ -118,12 +121,16 @@ def test_a_process_knows_its_place_and_the_three_groups_are_apart(shared_path):
     assert torch.get_num_threads() == here.threads == max(1, devices.cores() // 2)
 
 
+def test_the_introduction_counts_the_machines():
+    run = start(tiny.recipe, tiny.TinyConfig(max_steps=1))
+    run.devices = replace(run.devices, world_size=3, processes=("7 node1", "8 node1", "7 node2"))
+    assert "3 processes of 2 machines on cpu" in "\n".join(introduction(run, "tiny"))
+
+
 @pytest.mark.world_size(2)
 def test_validation_uses_rank_0s_buffers_on_every_rank(shared_path):
     def model(cfg, data):
         return torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 3))
-
-    from dataclasses import replace
 
     from scaletrain import steps
 

@@ -25,7 +25,12 @@ from scaletrain.checkpoint.verify import open_checkpoint, open_whole
 from scaletrain.devices import set_up
 from scaletrain.state import State
 
-PAGES = [ROOT / "README.md", ROOT / "recipes/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    ROOT / "recipes/README.md",
+    ROOT / "launch/README.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 FORMAT = ROOT / "docs" / "checkpoints.md"
 CI = (ROOT / ".ci" / "run").read_text()
 SHORT = ("--max-steps", "2")

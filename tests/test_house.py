@@ -14,7 +14,7 @@ LAYERS = (  # each may import those before it
     ("errors",),
     ("new", "plots", "pulse"),
     ("permutation", "schedules", "config", "state", "signals", "grace", "randomness", "mixing", "blocks", "misfit"),
-    ("order", "agreement", "optimizers", "optimizer_state", "sharding"),
+    ("order", "agreement", "optimizers", "optimizer_state", "sharding", "meeting"),
     ("share", "metrics", "slurm"),
     ("devices",),
     ("checkpoint",),

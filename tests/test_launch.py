@@ -1,5 +1,6 @@
 """The same recipe as a script, through accelerate launch, torchrun and make; and how each way of ending is told."""
 
+import importlib
 import json
 import os
 import re
@@ -106,6 +107,91 @@ def test_make_train_hands_on_recipe_and_options_and_installs_nothing_twice():
     done = (".venv/.installed", "-n", "train", "RECIPE=mlp", "ARGS=--lr 3e-3")
     said = launch("make", "-C", ROOT, "--no-print-directory", "-o", *done).stdout
     assert said == "launch/local.sh mlp --lr 3e-3\n"
+
+
+def test_make_train_hands_over_to_the_script_of_the_cluster():
+    done = (".venv/.installed", "-n", "train", "CLUSTER=torchrun", "RECIPE=mlp", "ARGS=--lr 3e-3")
+    said = launch("make", "-C", ROOT, "--no-print-directory", "-o", *done).stdout
+    assert said == "launch/torchrun.sh mlp --lr 3e-3\n"
+
+
+TORCHRUN_SH = ROOT / "launch" / "torchrun.sh"
+
+
+def test_torchrun_sh_runs_a_recipe_by_its_name_and_gives_the_same_curve(script_run, tmp_path):
+    ended = launch(TORCHRUN_SH, "mlp", *QUICK, "--out", tmp_path / "run", GPUS="0", PROCESSES="2")
+    assert ended.returncode == 0, ended.stderr
+    assert "2 processes on cpu" in ended.stdout
+    for got, wanted in zip(validations(tmp_path / "run"), script_run, strict=True):
+        assert got == pytest.approx(wanted, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "env", "said"),
+    [
+        ((), {}, "usage: launch/torchrun.sh RECIPE [options]; recipes: binary cnn"),
+        (("cn",), {}, "no recipe 'cn'; there are: binary cnn"),
+        (("mlp",), {}, "what is started again needs the same folder each time: give --out or set SCALETRAIN_OUT"),
+        (("mlp", "--out=x"), {"NODES": "4:2", "HEAD": "a:1"}, "NODES=4:2: expected a number of machines, or MIN:MAX"),
+        (("mlp", "--out=x"), {"NODES": "2"}, "HEAD=: expected HOST:PORT, the same on all 2 machines, as node1:29400"),
+        (("mlp", "--out=x"), {"RESTARTS": "-1"}, "RESTARTS=-1: expected a whole number, 0 or more"),
+        (("mlp", "--out=x"), {"GPUS": "99"}, "GPUS=99: this machine has "),
+        (("mlp", "--out=x"), {"CONFIG": "none", "GPUS": "0"}, "CONFIG=none: there is no "),
+    ],
+)
+def test_torchrun_sh_says_in_one_line_what_it_was_given(words, env, said):
+    ended = launch(TORCHRUN_SH, *words, **env)
+    assert ended.returncode == 2
+    assert ended.stderr.startswith(f"error: {said}")
+    assert ended.stderr.count("\n") == 1
+
+
+def test_torchrun_sh_ends_with_the_code_of_the_run(tmp_path):
+    ended = launch(TORCHRUN_SH, "mlp", "--lr", "nonsense", "--out", tmp_path / "run", GPUS="0", RESTARTS="0")
+    assert ended.returncode == 1  # before there is a folder, torchrun's own
+    ended = launch(TORCHRUN_SH, "mlp", *QUICK, "--out", tmp_path / "run", GPUS="0", RESTARTS="0")
+    assert ended.returncode == 0
+    again = ("mlp", *QUICK, "--seed", "1", "--out", tmp_path / "run")
+    ended = launch(TORCHRUN_SH, *again, GPUS="0", RESTARTS="0")
+    assert ended.returncode == 2
+    assert outcome(tmp_path / "run")["code"] == 2
+
+
+def test_torchrun_sh_divides_the_model_where_the_config_says_so(tmp_path):
+    options = ("mlp", *QUICK, "--out", tmp_path / "run")
+    ended = launch(TORCHRUN_SH, *options, GPUS="0", PROCESSES="2", CONFIG="fsdp2")
+    assert ended.returncode == 0, ended.stderr
+    assert "2 processes, the model divided over them (FSDP2), on cpu" in ended.stdout
+
+
+def test_a_config_of_accelerate_reaches_the_processes_as_accelerate_launch_passes_it(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "launch")
+    torchrun = importlib.import_module("torchrun")
+    (tmp_path / "accelerate_configs").mkdir()
+    (tmp_path / "accelerate_configs/sharded.yaml").write_text("""
+compute_environment: LOCAL_MACHINE
+distributed_type: FSDP
+fsdp_config:
+  fsdp_version: 2
+  fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP
+  fsdp_reshard_after_forward: true
+num_machines: 1
+num_processes: 8
+machine_rank: 0
+mixed_precision: bf16
+use_cpu: false
+""")
+    monkeypatch.setattr(torchrun, "HOME", tmp_path)
+    found = torchrun.exports("sharded", RECIPES / "mlp.py")
+    wanted = {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_RESHARD_AFTER_FORWARD": "true",
+        "ACCELERATE_MIXED_PRECISION": "bf16",
+    }
+    assert found.items() >= wanted.items()
+    assert not any(name.startswith(("RANK", "WORLD", "MASTER")) for name in found)
 
 
 def test_a_rank_that_ends_early_is_told_and_never_looks_like_success(tmp_path):

@@ -33,6 +33,8 @@ from scaletrain.checkpoint.export import load_weights
 from scaletrain.checkpoint.files import Files
 from scaletrain.checkpoint.verify import open_checkpoint, verify
 from scaletrain.cli import main as command
+from scaletrain.errors import Preempted
+from scaletrain.folder import left_before_restart, record_exit, write_json
 from scaletrain.run.restore import _put_together
 from scaletrain.tracking import Tracking
 
@@ -223,6 +225,32 @@ def test_a_restart_by_another_launch_trains_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "tuesday")
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # its first attempt died before it came to the folder
     assert run_tiny(tmp_path / "run", recipe=recipe).step == 20
+
+
+def test_a_restart_of_fewer_processes_trains_on_since_a_machine_was_told_to_leave(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "monday")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    record_exit(tmp_path, 75, "told to leave")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert left_before_restart(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not left_before_restart(tmp_path)
+
+
+@pytest.mark.world_size(2)
+@pytest.mark.parametrize("newcomer", [0, 1, None])
+def test_a_restart_with_a_machine_that_has_just_come_trains_on(newcomer, shared_path, monkeypatch):
+    out = shared_path / "run"
+    out.mkdir(exist_ok=True)
+    if os.environ["RANK"] == "0":
+        write_json(out / "environment.json", {})  # a run folder
+        record_exit(out, 75, "told to leave")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0" if os.environ["RANK"] == str(newcomer) else "1")
+    if newcomer is None:
+        with pytest.raises(Preempted):
+            start(tiny.recipe, tiny.TinyConfig(max_steps=2, out=str(out)))
+    else:
+        assert start(tiny.recipe, tiny.TinyConfig(max_steps=2, out=str(out))).state.step == 0
 
 
 def test_a_run_that_stopped_early_in_a_saved_step_is_done_too(tmp_path, capsys):
