@@ -55,6 +55,7 @@ bench: .venv/.installed ## measure the loop, saving and resuming beside other li
 	@$(BIN)/python -m benchmarks.order_cost --out benchmarks/results/order_cost.md
 	@$(BIN)/python -m benchmarks.loading --out benchmarks/results/loading.md
 	@$(BIN)/python -m benchmarks.evaluating --out benchmarks/results/evaluating.md
+	@$(BIN)/python -m benchmarks.two_processes --out benchmarks/results/two_processes.md
 	@$(BIN)/python -m benchmarks.large_map --out benchmarks/results/large_map.md
 	@$(BIN)/python -m benchmarks.language --out benchmarks/results/language.md
 	@$(BIN)/python -m benchmarks.checkpoint_stall --out benchmarks/results/checkpoint_stall.md

@@ -132,3 +132,10 @@ def test_reading_is_measured_beside_other_loaders():
 def test_validation_is_measured_beside_a_raw_loop_with_the_same_figures():
     said = run_benchmark("benchmarks.evaluating", "--rounds", "2", "--rows", "3001")
     assert "| scaletrain validate |" in said
+
+
+def test_two_processes_send_the_same_bytes_in_one_micro_batch_and_in_eight():
+    said = run_benchmark("benchmarks.two_processes", "--toy", "--rounds", "1", "--steps", "2")
+    assert said.count("| scaletrain |") == 4
+    assert "* met: CNN: 269,448 bytes per step in 1 micro-batch, 269,448 in 8, raw 269,448" in said
+    assert "* met: MLP: " in said
