@@ -11,7 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.util import find_spec
 from typing import Any
@@ -40,7 +40,7 @@ class Job:
     cfg: Config
     note: Callable[[int], None]
     built: Callable[[nn.Module], None]
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     rank: int = 0
     world_size: int = 1
     compile_blocks: bool = False
@@ -263,7 +263,7 @@ def with_hf_trainer(job: Job) -> None:
 
 
 def with_scaletrain(job: Job) -> None:
-    """scaletrain's own loop: ``train(run)``, which also logs, guards against NaN, and saves at the end."""
+    """``train(run)``, the loop of scaletrain itself, which also logs, guards against NaN, and saves at the end."""
     recipe = replace(job.recipe, hooks=lambda cfg: [lambda run, info: job.note(info.step)])
     with tempfile.TemporaryDirectory() as folder:
         run = start(recipe, replace(job.cfg, out=job.cfg.out or folder))

@@ -140,6 +140,10 @@ class Loop:
                 raise SystemExit("the ranks ended with other weights")
 
 
+Cases = dict[tuple[str, int], tuple[dict[str, Loop], Rounds]]
+"""What was measured of each workload and number of micro-batches."""
+
+
 def begin_alike() -> None:
     torch.set_num_threads(1)
     dist.barrier()
@@ -239,9 +243,7 @@ def main() -> None:
         write(report(cases, args, load), args.out)
 
 
-def report(
-    cases: dict[tuple[str, int], tuple[dict[str, Loop], Rounds]], args: argparse.Namespace, load: str
-) -> list[str]:
+def report(cases: Cases, args: argparse.Namespace, load: str) -> list[str]:
     command = f"python -m benchmarks.two_processes --rounds {args.rounds} --steps {args.steps}"
     lines = ["# Two processes that share the work", "", *conditions(command + (" --toy" if args.toy else ""))]
     lines += [
@@ -265,7 +267,7 @@ def report(
     return lines
 
 
-def found(cases: dict[tuple[str, int], tuple[dict[str, Loop], Rounds]], steps: int) -> list[tuple[bool, str]]:
+def found(cases: Cases, steps: int) -> list[tuple[bool, str]]:
     """Return the aims: as fast as the raw loop, and as many bytes, which do not depend on the micro-batches."""
     speeds = []
     for (workload, micro_batches), (_, rounds) in cases.items():
