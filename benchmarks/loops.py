@@ -132,6 +132,7 @@ def raw(job: Job, *, item: bool = False) -> None:
     model = DistributedDataParallel(module) if job.world_size > 1 else module
     job.built(model)
     optimizer = job.recipe.optimizer(module, job.cfg)
+    trained = [p for group in optimizer.param_groups for p in group["params"]]  # a norm's last bit is its order's
     last, most = job.accumulation - 1, job.cfg.max_grad_norm
     for step, micro_batches in enumerate(job.steps(), start=1):
         optimizer.zero_grad()
@@ -141,7 +142,7 @@ def raw(job: Job, *, item: bool = False) -> None:
                     loss = job.loss(model, batch)
                 (loss / len(micro_batches) if last else loss).backward()
         if most is not None:
-            nn.utils.clip_grad_norm_(module.parameters(), most)
+            nn.utils.clip_grad_norm_(trained, most)
         optimizer.step()
         if item:
             loss.item()

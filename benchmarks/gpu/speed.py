@@ -9,9 +9,10 @@ import torch
 
 from benchmarks.gpu.turns import Counted, Turns, counting, device_here, let_go
 from benchmarks.gpu.workloads import PEAK_FLOPS, Sized, Workload, gpt2, resnet, small_mlp, small_transformer
-from benchmarks.loops import ACCELERATE, AGAIN, OURS, RAW, Job, loops_here, raw, with_accelerate
+from benchmarks.loops import ACCELERATE, AGAIN, LOOPS, OURS, RAW, Job, loops_here, raw, with_accelerate
 from benchmarks.pairs import Rounds, aims, run_rounds
 
+Loops = dict[str, Callable[[Job], None]]
 ITEM, INSIDE = "raw loop with loss.item()", "Accelerate, the model returns its loss"
 
 
@@ -29,18 +30,20 @@ class Length:
         return self.warmup + (2 * self.rounds + 2) * self.steps
 
 
-def loops() -> dict[str, Callable[[Job], None]]:
+def loops() -> Loops:
     found = loops_here() | {ITEM: partial(raw, item=True), INSIDE: partial(with_accelerate, loss_inside=True)}
     first = [RAW, AGAIN, OURS, ITEM, ACCELERATE, INSIDE]
     return {name: found[name] for name in [*first, *(name for name in found if name not in first)]}
 
 
-def measure(workload: Workload, length: Length, *, compiled: bool = False, count: bool = False) -> list[str]:
+def measure(
+    workload: Workload, length: Length, *, compiled: bool = False, count: bool = False, only: Loops | None = None
+) -> list[str]:
     """Train in every loop, taking turns; return the table and whether the aim was met."""
     device = device_here()
     cfg = replace(workload.cfg, max_steps=length.most, compile=compiled)
     job = Job(workload.recipe, cfg, print, print, device=device)
-    turns = {name: Turns(job, work, length.steps, length.warmup) for name, work in loops().items()}
+    turns = {name: Turns(job, work, length.steps, length.warmup) for name, work in (only or loops()).items()}
     failed: dict[str, str] = {}
     counted: dict[str, Counted] = {}
     for name, turn in list(turns.items()):
@@ -128,7 +131,8 @@ def language(toy: bool, length: Length) -> list[str]:
     else:
         lines += ["Left out: MFU (not a device whose peak is known here).", ""]
     for compiled in (False, True):
-        lines += measure(workload, length, compiled=compiled)
+        only = {RAW: raw, AGAIN: raw, OURS: LOOPS[OURS]} if toy and compiled else None
+        lines += measure(workload, length, compiled=compiled, only=only)
     return lines
 
 
