@@ -5,9 +5,11 @@ bootstrap confidence interval. Rounds in which the machine lent its time to othe
 dropped. An A/A row, an arm against a copy of itself, shows the noise.
 """
 
+import os
 import platform
 import random
 import resource
+import shutil
 import statistics
 import subprocess
 import time
@@ -65,11 +67,15 @@ def run_rounds(arms: dict[str, Arm], rounds: int, *, warmup: int = 1, any_of: Ca
 
 
 def conditions(command: str, packages: tuple[str, ...] = ("torch", "accelerate")) -> list[str]:
-    """Return the lines that must stand beside every figure: date, commit, versions, machine."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    """Return the lines that must stand beside every figure: date, commit, versions, machine.
+
+    COMMIT says which it is where there is no git to ask.
+    """
+    git = ["git", "describe", "--always", "--dirty"] if shutil.which("git") else ["true"]
+    commit = subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip()
     cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "?")
     return [
-        f"* {time.strftime('%Y-%m-%d')}, commit {commit.stdout.strip() or 'unknown'}, `{command}`",
+        f"* {time.strftime('%Y-%m-%d')}, commit {commit or os.environ.get('COMMIT', 'unknown')}, `{command}`",
         f"* Python {platform.python_version()}, " + ", ".join(f"{name} {version(name)}" for name in packages),
         f"* {cpu}, {len(_lines('/proc/cpuinfo', 'processor'))} cores, {platform.system()} {platform.release()}",
     ]

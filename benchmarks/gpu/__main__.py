@@ -44,8 +44,8 @@ def main() -> None:
     args = parser.parse_args()
     if not torch.cuda.is_available() and not args.toy:
         parser.error("there is no CUDA device here; --toy runs everything at toy size")
-    short = args.toy
-    length = speed.Length(args.rounds or (2 if short else 7), args.steps or (2 if short else 20), 1 if short else 20)
+    rounds, steps, warmup = (2, 2, 1) if args.toy else (7, 20, 20)
+    length = speed.Length(args.rounds or rounds, args.steps or steps, warmup)
     torch.set_num_threads(1)
     torch.set_float32_matmul_precision("high")
     torch._dynamo.config.recompile_limit = 64  # all loops compile the same functions

@@ -24,7 +24,6 @@ from benchmarks.pairs import aims
 from benchmarks.ways_to_save import (
     DistributedCheckpoint,
     MemoryCopy,
-    Readable,
     Scaletrain,
     State,
     TorchSave,
@@ -106,7 +105,7 @@ def training(toy: bool) -> Callable[[], float]:
 
 
 def measure(name: str, folder: Path, parameters: int) -> dict[str, Any]:
-    """Save twice beside a training, cold and warm, and once more while the weights change."""
+    """Save twice beside a training, cold and warm; scaletrain once more while the weights change."""
     with device_here():
         state = State(parameters)
     step = training(toy=parameters < BILLION // 100)
@@ -117,7 +116,7 @@ def measure(name: str, folder: Path, parameters: int) -> dict[str, Any]:
     cold = saved(way, 1, step)
     state.fill(2)
     found = saved(way, 2, step) | {"cold": cold["stall"], "host_bytes": memory.grown_bytes(), "nbytes": state.nbytes}
-    if isinstance(way, Readable):
+    if isinstance(way, Scaletrain):
         state.fill(3)
         way.save(3)
         state.fill(4)
@@ -166,7 +165,7 @@ def stall(toy: bool, length: Length) -> list[str]:
     for name in WAYS:
         with tempfile.TemporaryDirectory(dir=folder) as own:
             arguments = ["--way", name, "--folder", own, "--parameters", parameters]
-            found[name] = in_child("benchmarks.gpu.saving", *arguments, timeout_seconds=240)
+            found[name] = in_child("benchmarks.gpu.saving", *arguments, timeout_seconds=95)
     lines = ["# G4: what a checkpoint costs a training on the device", ""]
     less = "" if toy or parameters == BILLION else "; fewer than a billion: disk or memory has no room for more"
     lines += [
@@ -177,7 +176,7 @@ def stall(toy: bool, length: Length) -> list[str]:
         "* Slowdown: mean step while it is written / before. Done: nothing is left to do.",
         "* Race: every tensor is overwritten as soon as the call returns; held: what is read back is the state before.",
         "",
-        "| way | stall s | first save s | call alone s | slowdown | durable s | done s | host GB | race |",
+        "| way | stall s | first save s | call alone s | slowdown | durable s | done s | resident GB | race |",
         "|---|---|---|---|---|---|---|---|---|",
         *(row(name, one) for name, one in found.items()),
         "",

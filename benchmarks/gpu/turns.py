@@ -147,7 +147,7 @@ def counting() -> Iterator[Counted]:
         warnings.simplefilter("always")
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            with torch.profiler.profile() as profiler:
                 yield found
                 wait(device_here())
         finally:
