@@ -219,9 +219,8 @@ def table(loops: dict[str, Loop], rounds: Rounds, steps: int) -> list[str]:
                 f"{statistics.median(found.seconds[name]) / steps * 1e3:.1f}",
                 f"{ratio:.3f} ({low:.3f}-{high:.3f})",
             ]
-        if not loop.alone:
-            cells += [f"{rounds.ratio(ALONE, name)[0] / WORLD_SIZE:.2f}"]
-            cells += [f"{loop.bucket_bytes / steps / 1e6:.2f} ({loop.written_bytes / steps / 1e6:.2f})"]
+        sent = f"{loop.bucket_bytes / steps / 1e6:.2f} ({loop.written_bytes / steps / 1e6:.2f})"
+        cells += ["", ""] if loop.alone else [f"{rounds.ratio(ALONE, name)[0] / WORLD_SIZE:.2f}", sent]
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
