@@ -258,7 +258,7 @@ def report(cases: Cases, args: argparse.Namespace, load: str) -> list[str]:
         f"{sum(r.dropped for _, r in cases.values())} rounds dropped for steal",
         "* weights after every round bit-equal on both ranks, and in all loops on two processes",
         "* MB per step: of the buckets that a rank averages; in brackets all that its system calls wrote",
-        "* the raw loop again is the noise: a difference smaller than its own from the raw loop is no claim, met or missed",
+        "* the raw loop again is the noise: a difference smaller than its own is no claim, whether met or missed",
     ]
     for (workload, micro_batches), (loops, rounds) in cases.items():
         job = loops[RAW].job
