@@ -10,7 +10,7 @@ TESTS := OMP_WAIT_POLICY=PASSIVE
 TWO_AT_A_TIME := --numprocesses 2 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-faults test-slurm test-min lint check bench clean
+.PHONY: help setup train test test-faults test-slurm test-min lint check bench bench-gpu clean
 
 help: ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -59,11 +59,15 @@ bench: .venv/.installed ## measure the loop, saving and resuming beside other li
 	@$(BIN)/python -m benchmarks.order_cost --out benchmarks/results/order_cost.md
 	@$(BIN)/python -m benchmarks.loading --out benchmarks/results/loading.md
 	@$(BIN)/python -m benchmarks.evaluating --out benchmarks/results/evaluating.md
+	@$(BIN)/python -m benchmarks.two_processes --out benchmarks/results/two_processes.md
 	@$(BIN)/python -m benchmarks.large_map --out benchmarks/results/large_map.md
 	@$(BIN)/python -m benchmarks.language --out benchmarks/results/language.md
 	@$(BIN)/python -m benchmarks.checkpoint_stall --out benchmarks/results/checkpoint_stall.md
 	@$(BIN)/python -m benchmarks.resume_position --out benchmarks/results/resume_position.md
 	@$(BIN)/python -m benchmarks.kill_and_resume --out benchmarks/results/kill_and_resume.md
+
+bench-gpu: .venv/.installed ## measure on a CUDA GPU (half an hour): make bench-gpu ARGS="--parts G1,G2"
+	@$(BIN)/python -m benchmarks.gpu --out benchmarks/results/gpu.md $(ARGS)
 
 clean: ## remove the environments and caches, not the runs
 	rm -rf .venv .venv-min .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info

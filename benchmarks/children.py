@@ -25,7 +25,8 @@ def in_child(
             resource.setrlimit(resource.RLIMIT_AS, (cap_bytes, cap_bytes))
 
     command = [sys.executable, "-m", module, *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "2", "PYTHONPATH": path}
     try:
         ended = subprocess.run(
             command,

@@ -67,7 +67,7 @@ class State:
         """Whether ``found`` is exactly the state after ``step``."""
         expected = torch.empty_like(self._ramp)
         return found.keys() == self.tensors().keys() and all(
-            torch.equal(torch.add(self._ramp, step + i, out=expected), found[name])
+            torch.equal(torch.add(self._ramp, step + i, out=expected), found[name].to(expected.device))
             for i, name in enumerate(self.tensors())
         )
 
@@ -240,6 +240,9 @@ class Safetensors(Readable):
 class DistributedCheckpoint(Readable):
     """``torch.distributed.checkpoint.async_save`` in a thread, with a stager that is kept; it syncs by default."""
 
+    pinned = False
+    """Copy into host memory that is pinned, without waiting for each tensor."""
+
     def __init__(self, state: State, folder: Path) -> None:
         from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
@@ -247,10 +250,10 @@ class DistributedCheckpoint(Readable):
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # it is one process
         self.stager = DefaultStager(
             StagingOptions(
-                use_pinned_memory=False,
+                use_pinned_memory=self.pinned,
                 use_shared_memory=False,
                 use_async_staging=False,
-                use_non_blocking_copy=False,
+                use_non_blocking_copy=self.pinned,
             )
         )
 

@@ -183,7 +183,9 @@ class Sums:
             return torch.as_tensor(value[0], dtype=self.dtype), torch.as_tensor(value[1], dtype=self.dtype)
         if isinstance(value, Tensor) and value.ndim == 0:
             total = value.detach().to(self.dtype) * weight
-            return torch.where(torch.as_tensor(weight, device=value.device) > 0, total, 0), weight  # 0 * NaN is NaN
+            if isinstance(weight, Tensor):
+                return torch.where(weight.to(value.device) > 0, total, 0), weight  # 0 * NaN is NaN
+            return total if weight > 0 else torch.zeros_like(total), weight
         if isinstance(value, Tensor) and value.shape == (rows,):
             return value.detach().sum(dtype=self.dtype), float(rows)
         got = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

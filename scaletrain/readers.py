@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from scaletrain.batches import Batch, NamedColumns, narrow
+from scaletrain.batches import Batch, NamedColumns, narrow, to_device
 from scaletrain.data import MAPPED, Columns, Part, count
 from scaletrain.errors import InputError
 from scaletrain.order import Indices, Order
@@ -51,7 +51,9 @@ class ColumnReader:
         indices = torch.from_numpy(request[1] if self.rows is None else self.rows(request[1]))
         if self._maps:
             self._let_go(len(indices))
-        indices = indices.to(self.device)
+        if self.device.type == "cuda":
+            indices = indices.pin_memory()  # its copy is not waited for
+        indices = to_device(indices, self.device)
         found = {name: column.index_select(0, indices) for name, column in self.columns.items()}
         return Read(NamedColumns({name: column.to(self._kinds[name]) for name, column in found.items()}))
 

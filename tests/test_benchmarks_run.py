@@ -116,9 +116,10 @@ def test_a_torn_state_is_told_from_a_whole_one(tmp_path):
     assert saving.trial(0, 0.3) in {"torn", "missed"}
 
 
-def run_benchmark(module, *options):
+def run_benchmark(module, *options, timeout=240):
     out = Path("result.md")
-    ended = launch(sys.executable, "-m", module, *options, "--out", out.resolve(), timeout=240, PYTHONPATH=str(ROOT))
+    command = (sys.executable, "-m", module, *options, "--out", out.resolve())
+    ended = launch(*command, timeout=timeout, PYTHONPATH=str(ROOT))
     assert ended.returncode == 0, ended.stderr
     return out.read_text()
 
@@ -132,3 +133,22 @@ def test_reading_is_measured_beside_other_loaders():
 def test_validation_is_measured_beside_a_raw_loop_with_the_same_figures():
     said = run_benchmark("benchmarks.evaluating", "--rounds", "2", "--rows", "3001")
     assert "| scaletrain validate |" in said
+
+
+def test_two_processes_send_the_same_bytes_in_one_micro_batch_and_in_eight():
+    said = run_benchmark("benchmarks.two_processes", "--toy", "--rounds", "1", "--steps", "2")
+    assert said.count("| scaletrain |") == 4
+    assert "* met: CNN: 269,448 bytes per step in 1 micro-batch, 269,448 in 8, raw 269,448" in said
+    assert "* met: MLP: " in said
+
+
+def test_the_benchmarks_of_a_gpu_run_at_toy_size_and_say_what_is_left_out():
+    said = run_benchmark("benchmarks.gpu", "--toy", "--rounds", "1", timeout=900)
+    for part in ("G1: GPT-2", "G2: models", "G3: a CNN", "G4: what a checkpoint costs", "G5: compiling", "G6: memory"):
+        assert f"# {part}" in said
+    assert said.count("| scaletrain | ") == 7
+    assert "| failed: " not in said
+    assert "| left out: " not in said
+    assert "met: frames compiled after the warm-up: scaletrain --compile 0" in said
+    if not torch.cuda.is_available():
+        assert "Left out: waits and kernels per step, which only CUDA has." in said
