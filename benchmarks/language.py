@@ -1,9 +1,9 @@
 """Bits per byte of recipes/lm.py on held-out text, beside byte counts, compressors and a plain loop.
 
-    python -m benchmarks.language [--minutes 10] [--seeds 2] [--out FILE]
+    python -m benchmarks.language [--minutes 10 | --steps 6064] [--seeds 2] [--out FILE]
 
 The recipe and a hand-written PyTorch loop train the same network, with the same optimizer and schedule, for as many
-steps, on windows in orders of their own. How many is found by timing some steps of the loop first.
+steps, on windows in orders of their own. How many is found by timing some steps of the loop first, unless it is said.
 """
 
 import argparse
@@ -69,6 +69,7 @@ def row(name: str, found: Sequence[tuple[float, float]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10, help="training time of each run")
+    parser.add_argument("--steps", type=int, help="of each run, in place of the minutes")
     parser.add_argument("--seeds", type=int, default=2, help="runs of the recipe and of the plain loop")
     parser.add_argument("--size", default="base", help="of the model, as the recipe's option")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
@@ -77,7 +78,9 @@ def main() -> None:
 
     torch.set_num_threads(args.threads)
     cfg = lm.LMConfig(size=args.size, threads=args.threads, optimizer="muon", lr=8e-3)
-    cfg = replace(cfg, max_steps=steps_within(args.minutes, cfg))
+    budget = f"--minutes {args.minutes:g}" if args.steps is None else f"--steps {args.steps}"
+    head = conditions(f"python -m benchmarks.language {budget} --seeds {args.seeds} --size {args.size}")
+    cfg = replace(cfg, max_steps=args.steps or steps_within(args.minutes, cfg))
     data = lm.load_data(cfg)
     held_out = data.val.tokens.tobytes()
     ours, by_hand = [], []
@@ -91,9 +94,8 @@ def main() -> None:
         "gzip -9": len(gzip.compress(held_out, 9)),
         "xz -9": len(lzma.compress(held_out, preset=9)),
     }
-    command = f"python -m benchmarks.language --minutes {args.minutes:g} --seeds {args.seeds} --size {args.size}"
     tokens = cfg.max_steps * cfg.batch_size * cfg.length
-    lines = ["# Bits per byte of Python's standard library", "", *conditions(command), ""]
+    lines = ["# Bits per byte of Python's standard library", "", *head, ""]
     lines += [
         f"Training text {len(data.train.tokens):,} bytes, held out {len(held_out):,}. The recipe and the loop: "
         f"--size {cfg.size} --optimizer {cfg.optimizer} --lr {cfg.lr:g}, "

@@ -37,10 +37,7 @@ CONFIG=${CONFIG:-ddp}
 config=accelerate_configs/$CONFIG.yaml
 [ -f "$config" ] || refuse "no config '$CONFIG'; there are: $(basename -s .yaml accelerate_configs/*.yaml | xargs)"
 ! grep -q 'distributed_type: "NO"' "$config" || refuse "CONFIG=$CONFIG is for a single process; use ddp or fsdp2"
-if [ "$GPUS" -eq 0 ]; then
-    ! grep -q 'distributed_type: FSDP' "$config" || refuse "CONFIG=$CONFIG shards over GPUs; GPUS=0 has none, leave CONFIG out"
-    config=accelerate_configs/cpu_2proc.yaml
-fi
+if [ "$GPUS" -eq 0 ] && [ "$CONFIG" = ddp ]; then config=accelerate_configs/cpu_2proc.yaml; fi
 command -v sbatch > /dev/null || refuse "no sbatch here; run this where SLURM's commands are"
 
 name=$(basename "$file" .py)
