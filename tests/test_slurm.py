@@ -70,7 +70,8 @@ class Checkout:
             "WANDB_MODE": "offline",
             "PYTHONPATH": os.pathsep.join(filter(None, paths)),
         }
-        self.env = {"GRACE": str(GRACE), "SBATCH": "--time=10", **quiet}
+        no_outer_make = {"MAKEFLAGS": "", "MAKELEVEL": ""}
+        self.env = {"GRACE": str(GRACE), "SBATCH": "--time=10", **quiet, **no_outer_make}
 
     def make_train(self, *variables, check=True):
         command = ("make", "-s", "-C", self.folder, "-o", ".venv/.installed", "train", "CLUSTER=slurm", *variables)
@@ -196,6 +197,7 @@ def test_a_job_goes_on_through_requeues_and_ends_as_one_never_stopped(cluster, c
         assert int(cluster.job(job)["Restarts"]) == number + 1
         if how in ("time limit", "scancel --signal=TERM"):
             assert json.loads((run / "exit.json").read_text())["code"] == 75, checkout.log(job)
+        time.sleep(5)  # SLURM itself waits: what it still hears of this attempt it would take for the next one's end
         wait_for(lambda: starts_now(cluster, job), 60)
     checkout.wait_for_steps(4, job)
     checkout.slow(False)
