@@ -29,8 +29,6 @@ def test_a_command_hands_recipe_and_options_to_its_script(command):
     said = launch("make", "-C", ROOT, "--no-print-directory", "-o", ".venv/.installed", "-n", *words)
     assert said.stdout.strip() == f"{script} {wanted['RECIPE']} {wanted.get('ARGS', '')}".strip()
     assert (ROOT / "recipes" / f"{wanted['RECIPE']}.py").exists()
-    if wanted.get("CLUSTER") == "slurm" and not (ROOT / script).exists():
-        pytest.skip("launch/slurm.sh is not here")
     assert os.access(ROOT / script, os.X_OK)
 
 
@@ -47,8 +45,7 @@ def test_a_variable_of_the_command_line_reaches_the_script():
 def test_what_the_page_says_was_tried_is_there():
     for _, tried in ROWS:
         for path in re.findall(r"`([^`]+/[^`]+)`", tried):
-            if path != "launch/slurm.sbatch":
-                assert (ROOT / path).exists(), path
+            assert (ROOT / path).exists(), path
 
 
 def test_the_variables_that_torchrun_sh_lists_are_those_that_are_read():
