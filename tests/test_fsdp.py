@@ -225,7 +225,7 @@ def test_divided_by_accelerate_launch_then_copied_then_alone_and_back_it_is_one_
         return ended.stdout
 
     launched("cpu", 1, "whole", 16)
-    assert "the model divided over them (FSDP2)" in launched("fsdp2", 2, "parts", 4)
+    assert "the model divided over them (FSDP2)" in launched("fsdp2", 4, "parts", 4)
     assert "going on after step 4" in launched("cpu_2proc", 2, "parts", 8)
     assert "going on after step 8" in launched("cpu", 1, "parts", 12)
     assert "going on after step 12" in launched("fsdp2", 2, "parts", 16)
@@ -233,3 +233,4 @@ def test_divided_by_accelerate_launch_then_copied_then_alone_and_back_it_is_one_
     assert [line["step"] for line in lines if "val_loss" in line] == [4, 8, 12, 16]
     whole, parts = result(tmp_path / "whole"), result(tmp_path / "parts")
     assert parts["step"] == whole["step"] == 16
+    assert parts["metrics"]["val_loss"] == pytest.approx(whole["metrics"]["val_loss"], rel=1e-3)

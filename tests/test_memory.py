@@ -95,9 +95,11 @@ def forks():
         yield process
 
 
-@pytest.mark.parametrize("phase", HUNGRY)
-def test_out_of_memory_later_ends_the_run_and_the_next_start_has_smaller_micro_batches(phase, forks, tmp_path):
-    argv = ["--max-steps", "8", "--checkpoint-every", "2", "--validate-every", "4", "--out", tmp_path / "run"]
+@pytest.mark.parametrize(
+    ("phase", "more"), [*((phase, ()) for phase in HUNGRY), *((phase, ("--fsdp", "--plain")) for phase in HUNGRY[:2])]
+)
+def test_out_of_memory_later_ends_the_run_and_the_next_start_has_smaller_micro_batches(phase, more, forks, tmp_path):
+    argv = ["--max-steps", "8", "--checkpoint-every", "2", "--validate-every", "4", *more, "--out", tmp_path / "run"]
     ranks = Ranks(forks, 2, [*argv, "--hungry", phase], tmp_path / "log")
     codes = ranks.codes(timeout=40)
     assert codes[1] == OUT_OF_MEMORY, ranks.said()
