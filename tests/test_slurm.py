@@ -198,7 +198,12 @@ def test_a_job_goes_on_through_requeues_and_ends_as_one_never_stopped(cluster, c
         if how in ("time limit", "scancel --signal=TERM"):
             assert json.loads((run / "exit.json").read_text())["code"] == 75, checkout.log(job)
         time.sleep(5)  # SLURM itself waits: what it still hears of this attempt it would take for the next one's end
-        wait_for(lambda: starts_now(cluster, job), 60)
+        try:
+            wait_for(lambda: starts_now(cluster, job), 150)
+        except AssertionError:
+            told = cluster.user("sinfo", "--long").stdout + (cluster.folder / "slurmctld.log").read_text()[-3000:]
+            raise AssertionError(f"{cluster.job(job)}\n{told}") from None
+        print(f"{how}: running again after {time.monotonic() - began:.0f} s")
     checkout.wait_for_steps(4, job)
     checkout.slow(False)
     checkout.wait_for_state(job, "COMPLETED", "FAILED")
