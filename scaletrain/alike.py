@@ -40,8 +40,16 @@ def check_alike(what: str, own: dict[str, str], group: dist.ProcessGroup | None)
 
 
 def of_config(cfg: Config, source: str | None) -> dict[str, str]:
-    """Return the options by name, and a hash of the recipe's file."""
-    options = {f"--{name.replace('_', '-')}": str(value) for name, value in asdict(cfg).items() if name not in OWN}
+    """Return the options by name, and a hash of the recipe's file.
+
+    Of a file or folder, only what it is called: machines may have it in different places, and what is read from it is
+    compared elsewhere.
+    """
+    values = {name: str(value) for name, value in asdict(cfg).items() if name not in OWN}
+    options = {
+        f"--{name.replace('_', '-')}": Path(value).name if "/" in value and Path(value).exists() else value
+        for name, value in values.items()
+    }
     code = Path(source).read_bytes() if source and Path(source).is_file() else b""
     return options | {f"code {Path(source or '').name}": hashlib.sha256(code).hexdigest()[:12]}
 

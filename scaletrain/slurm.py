@@ -26,7 +26,12 @@ def join_srun() -> None:
 def place(env: Mapping[str, str]) -> dict[str, str]:
     """Return torch's variables for one of several tasks of srun; none where there is a launcher or a single task."""
     tasks = env.get("SLURM_STEP_NUM_TASKS", "1")  # a job's script, which is no step, has none
-    if tasks == "1" or any(name in env for name in LAUNCHED) or env.get("PMI_SIZE", tasks) != tasks:
+    if (
+        tasks == "1"
+        or "SLURM_PROCID" not in env
+        or any(name in env for name in LAUNCHED)
+        or env.get("PMI_SIZE", tasks) != tasks
+    ):
         return {}
     node, job, step = (int(env.get(name, "0")) for name in ("SLURM_NODEID", "SLURM_JOB_ID", "SLURM_STEP_ID"))
     here = tasks_per_node(env.get("SLURM_STEP_TASKS_PER_NODE", tasks))[node]

@@ -99,6 +99,7 @@ def test_make_alone_prints_the_targets():
         "lint",
         "check",
         "bench",
+        "bench-gpu",
         "clean",
     ]
 
