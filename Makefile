@@ -31,7 +31,7 @@ test: .venv/.installed ## run the tests (about 11 minutes on two cores)
 
 test-faults: .venv/.installed ## all of the fault matrix: kills, full disks, hostile files (under an hour)
 	@rm -f .faults.jsonl
-	@$(TESTS) SCALETRAIN_FAULTS=all SCALETRAIN_FAULTS_REPORT=$(CURDIR)/.faults.jsonl $(BIN)/python -m pytest tests/test_faults_*.py $(ARGS)
+	@$(TESTS) SCALETRAIN_FAULTS=all SCALETRAIN_FAULTS_REPORT=$(CURDIR)/.faults.jsonl $(BIN)/python -m pytest tests/test_faults_*.py tests/test_benchmarks_run.py $(ARGS)
 	@$(BIN)/python -m benchmarks.faults .faults.jsonl --out benchmarks/results/faults.md
 
 test-slurm: .venv/.installed ## start a SLURM of two nodes on this machine and run jobs on it (Debian, as root; six minutes)

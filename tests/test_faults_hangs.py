@@ -58,7 +58,7 @@ def check(mishap, codes, said, folder):
         )
         assert "befall" in (folder / "heartbeats/stacks-00001.txt").read_text()
     else:
-        assert re.search(r"no progress for \d+ s: rank 1 was last heard of in \w+ of step \d", reason)
+        assert re.search(r"no progress for \d+ s: rank 1 was last heard of in (\w+ of|after) step \d", reason)
     assert len(re.findall("^error: ", said, re.MULTILINE)) == 1
     if mishap in ("sleep", "SIGSTOP", "interpreter held"):
         assert "scaletrain/loop.py" in (folder / "heartbeats/stacks-00000.txt").read_text()
