@@ -19,7 +19,7 @@ if [ ! -f "$file" ]; then
 fi
 
 if [ -n "${CONFIG:-}" ]; then
-    train --config_file "accelerate_configs/$CONFIG.yaml" "$file" "$@"
+    train --config_file "accelerate_configs/$CONFIG.yaml" ${GPUS:+--num_processes "$GPUS"} "$file" "$@"
 elif [ "${GPUS:-1}" -gt 1 ]; then
     train --config_file accelerate_configs/ddp.yaml --num_processes "$GPUS" "$file" "$@"
 fi

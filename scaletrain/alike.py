@@ -47,11 +47,17 @@ def of_config(cfg: Config, source: str | None) -> dict[str, str]:
     """
     values = {name: str(value) for name, value in asdict(cfg).items() if name not in OWN}
     options = {
-        f"--{name.replace('_', '-')}": Path(value).name if "/" in value and Path(value).exists() else value
-        for name, value in values.items()
+        f"--{name.replace('_', '-')}": Path(value).name if _is_path(value) else value for name, value in values.items()
     }
     code = Path(source).read_bytes() if source and Path(source).is_file() else b""
     return options | {f"code {Path(source or '').name}": hashlib.sha256(code).hexdigest()[:12]}
+
+
+def _is_path(value: str) -> bool:
+    try:
+        return "/" in value and Path(value).exists()
+    except OSError:  # too long for one
+        return False
 
 
 def of_model(module: nn.Module) -> dict[str, str]:

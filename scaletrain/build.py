@@ -227,6 +227,8 @@ def try_out(run: Run) -> None:
     """
     buffers = [(buffer, buffer.clone()) for buffer in run.module.buffers()]
     parameters = [p for p in run.gradients.parameters if not run.optimizer.state.get(p)]
+    if isinstance(run.model, DistributedDataParallel):
+        run.model.require_forward_param_sync = False  # its first pass would broadcast buffers; the next one does
     stand_in = [torch.empty_like(p) for p in parameters for _ in range(2)]
     try:
         batch, _ = run.prepare_step(run.loader.first())[0]

@@ -29,7 +29,7 @@ from scaletrain.errors import (
 )
 from scaletrain.folder import record_exit, short
 from scaletrain.loop import train
-from scaletrain.memory import is_out_of_memory, remember
+from scaletrain.memory import is_out_of_memory, largest, remember
 from scaletrain.misfit import explain
 from scaletrain.recipe import Recipe
 from scaletrain.run import Result, Run, Step
@@ -85,7 +85,8 @@ def main(
             raise
         except BaseException as error:
             if run is not None and is_out_of_memory(error):
-                _end(run, OUT_OF_MEMORY, f"error: {remember(run)}", at_once=True)
+                code = OUT_OF_MEMORY if largest(run) > 1 else INPUT  # what no smaller micro-batch mends
+                _end(run, code, f"error: {remember(run)}", at_once=True)
             if run is not None and _is_about_others(error):
                 _end_alone(run, error)
             if line := explain(error):

@@ -84,7 +84,9 @@ def units(module: nn.Module, plugin: FullyShardedDataParallelPlugin) -> list[nn.
         return _large(module, max(1, plugin.min_num_params or 1))
     if policy is not transformer_auto_wrap_policy:
         return []
-    names = plugin.transformer_cls_names_to_wrap or [type(block).__name__ for block in blocks(module)]
+    names = plugin.transformer_cls_names_to_wrap
+    if not names:
+        return [*dict.fromkeys(blocks(module))]
     found = [part for part in module.modules() if type(part).__name__ in names]
     if missing := set(names) - {type(part).__name__ for part in found}:
         raise InputError(

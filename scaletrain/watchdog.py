@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from scaletrain.errors import RANK_ENDED_EARLY
-from scaletrain.folder import record_exit, short
+from scaletrain.folder import exit_code, record_exit, short
 from scaletrain.misfit import LIBRARIES
 
 if TYPE_CHECKING:
@@ -36,6 +36,8 @@ BEATS = 10
 """Signs of life within the limit."""
 EXCHANGES = ("/torch/distributed/", "/torch/nn/parallel/", "/torch/autograd/")
 """Where the innermost frame lies of a rank that waits for others: a backward pass may."""
+POLL_SECONDS = 2.0
+"""How often a rank looks whether it has moved: the ranks find a hang within so long of each other."""
 LATE = 3
 """A rank that has missed so many of them is not only slow: it is stopped, or gone."""
 
@@ -94,9 +96,12 @@ class Watchdog(threading.Thread):
         pulse, first = self._run.pulse, self._run.state.step
         seen, since = -1, time.monotonic()
         self._beat()
-        while not self.done.wait(self._every):
-            self._beat()
+        wrote = time.monotonic()
+        while not self.done.wait(min(self._every, POLL_SECONDS)):
             now = time.monotonic()
+            if now - wrote >= self._every:
+                self._beat()
+                wrote = now
             if pulse.beats != seen:
                 seen, since = pulse.beats, now
             slow = pulse.phase == "saving" or self._run.state.step == first
@@ -136,14 +141,21 @@ class Watchdog(threading.Thread):
     def _end(self, seconds: float) -> None:
         """Dump the stacks; the first rank that lives says who is missed; kill those that cannot end by themselves."""
         run = self._run
+        if (code := exit_code(run.folder)) is not None:  # why the run ends is known, and this only hangs at its end
+            os._exit(code and RANK_ENDED_EARLY)
         stacks = self._folder / f"stacks-{run.devices.rank:05d}.txt"
         with suppress(OSError), stacks.open("w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
         self._beat()
-        time.sleep(min(self._every, 1.0))  # the others look at about the same time
+        time.sleep(min(self._every, POLL_SECONDS))  # the others look at about the same time
+        self._beat()
         every = self._heartbeats()
         silent = [one.rank for one in every if one.age > LATE * self._every]
-        if run.devices.rank == min(set(range(len(every))) - set(silent), default=run.devices.rank):
+        speaker = min(set(range(len(every))) - set(silent), default=run.devices.rank)
+        deadline = time.monotonic() + (0 if run.devices.rank == speaker else POLL_SECONDS)
+        while exit_code(run.folder) is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+        if exit_code(run.folder) is None:
             reason = verdict(every, silent, seconds)
             told = f"{reason}; the stacks of the ranks are in {short(self._folder)}; the checkpoints are untouched"
             with suppress(OSError):

@@ -17,7 +17,7 @@ ACCELERATE = (sys.executable, "-m", "accelerate.commands.accelerate_cli", "launc
 def launch(*command, timeout=120, **env):
     """Run a command to its end; returns it with ``stdout`` and ``stderr`` as text."""
     quiet = {"PYTHONWARNINGS": "ignore", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "3"}
-    environment = os.environ | quiet | env
+    environment = {k: v for k, v in os.environ.items() if k != "MAKEFLAGS"} | quiet | env  # make test's own options
     words = [str(word) for word in command]
     world = uuid.uuid4().hex
     try:

@@ -11,11 +11,14 @@ from pathlib import Path
 import noisy
 import pytest
 import tiny
+import torch.distributed as dist
 from faultload import ALL, amount, draw, report
 from killing import Ranks, nursery, wait_for
 
+from recipes import mlp
 from scaletrain import InputError, start
-from scaletrain.alike import check_alike
+from scaletrain.alike import check_alike, of_config
+from scaletrain.devices import set_up
 from scaletrain.watchdog import Heartbeat, verdict
 
 LIMIT_SECONDS = 6
@@ -58,7 +61,7 @@ def check(mishap, codes, said, folder):
         )
         assert "befall" in (folder / "heartbeats/stacks-00001.txt").read_text()
     else:
-        assert re.search(r"no progress for \d+ s: rank 1 was last heard of in (\w+ of|after) step \d", reason)
+        assert re.search(r"no progress for \d+ s: rank 1 was last heard of in .*step \d", reason)
     assert len(re.findall("^error: ", said, re.MULTILINE)) == 1
     if mishap in ("sleep", "SIGSTOP", "interpreter held"):
         assert "scaletrain/loop.py" in (folder / "heartbeats/stacks-00000.txt").read_text()
@@ -88,7 +91,7 @@ def test_a_process_alone_that_hangs_ends_and_leaves_its_stacks(forks, tmp_path):
 
 
 def test_a_rank_that_is_stopped_for_less_than_the_limit_changes_nothing(forks, tmp_path):
-    argv = ["--max-steps", 60, "--validate-every", 30, "--stuck-minutes", 1, "--log-every", 1]
+    argv = ["--max-steps", 60, "--validate-every", 30, "--stuck-minutes", 0.2, "--log-every", 1]
     whole = Ranks(forks, 2, [*argv, "--out", tmp_path / "whole"], tmp_path / "log")
     assert whole.codes() == [0, 0], whole.said()
     times, rng = amount(20, 1), draw("N2")
@@ -163,6 +166,18 @@ def different(what, out, rank):
     return recipe, cfg, str(source)
 
 
+@pytest.mark.world_size(2)
+def test_ranks_may_differ_in_where_their_files_lie_and_what_their_machines_have(shared_path, tmp_path):
+    (tmp_path / "table.csv").write_text("the same")
+    options = {"data": str(tmp_path / "table.csv"), "threads": 1 + rank(), "out": str(tmp_path)}
+    cfg = mlp.MLPConfig(**options)
+    set_up()
+    group = dist.new_group(backend="gloo")
+    check_alike("configuration", of_config(cfg, None), group)
+    with pytest.raises(InputError, match=r"rank 1 has --lr 1\.0 instead of 0\.5"):
+        check_alike("configuration", of_config(replace(cfg, lr=0.5 + rank() / 2), None), group)
+
+
 @pytest.mark.world_size(3)
 def test_a_rank_with_another_config_code_model_or_data_is_refused_by_name(shared_path):
     for what, said in DIFFERENT.items():
@@ -177,7 +192,3 @@ def test_a_rank_with_another_config_code_model_or_data_is_refused_by_name(shared
 
 def rank():
     return int(os.environ["RANK"])
-
-
-def test_ranks_may_differ_in_what_their_machines_have():
-    check_alike("configuration", {"--lr": "1"}, None)

@@ -224,7 +224,9 @@ def test_divided_by_accelerate_launch_then_copied_then_alone_and_back_it_is_one_
         assert ended.returncode == 0, ended.stderr
         return ended.stdout
 
-    launched("cpu", 1, "whole", 16)
+    for steps_so_far in (4, 8, 12, 16):
+        words = map(str, [*options, "--max-steps", steps_so_far, "--out", tmp_path / "whole"])
+        main(lm.recipe, [*words])
     assert "the model divided over them (FSDP2)" in launched("fsdp2", 4, "parts", 4)
     assert "going on after step 4" in launched("cpu_2proc", 2, "parts", 8)
     assert "going on after step 8" in launched("cpu", 1, "parts", 12)

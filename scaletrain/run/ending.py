@@ -22,6 +22,7 @@ def take_best(run: Run) -> None:
     """Wait for what is being saved, then put the best weights into the model. Every rank must reach this line."""
     if run.saver is None:
         return
+    run.pulse.at("saving")
     run.saver.wait()
     state = run.state
     run.result_step = state.step

@@ -74,7 +74,8 @@ class Gradients:
             clip_grad_value_(self.parameters, self._max_value)
         if self._max_norm is None:
             return None
-        return clip_grad_norm_(self.parameters, self._max_norm)
+        norm = clip_grad_norm_(self.parameters, self._max_norm)
+        return norm.full_tensor() if is_sharded(norm) else norm  # type: ignore[attr-defined]  # one number on all ranks
 
     def update(self) -> Tensor:
         """Update the weights unless a gradient is NaN or infinite; return whether it was finite, 0-d bool.

@@ -130,6 +130,7 @@ class Run:
             self.tracking.warn(f"{left:.0f} s are left and {took}: the run may go on from the checkpoint before")
         self.save(self.handed_out)
         if self.saver is not None:
+            self.pulse.at("saving")
             self.saver.wait()
         raise Preempted(code)
 
