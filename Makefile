@@ -26,7 +26,7 @@ setup: .venv/.installed ## make .venv with the pinned versions
 train: .venv/.installed ## train a recipe: make train RECIPE=mlp ARGS="--lr 3e-3"
 	@launch/$(or $(CLUSTER),local).sh $(RECIPE) $(ARGS)
 
-test: .venv/.installed ## run the tests (about 11 minutes on two cores)
+test: .venv/.installed ## run the tests (about 15 minutes on two cores)
 	@$(TESTS) $(BIN)/python -m pytest $(TWO_AT_A_TIME) $(ARGS)
 
 test-faults: .venv/.installed ## all of the fault matrix: kills, full disks, hostile files (under an hour)
@@ -34,7 +34,7 @@ test-faults: .venv/.installed ## all of the fault matrix: kills, full disks, hos
 	@$(TESTS) SCALETRAIN_FAULTS=all SCALETRAIN_FAULTS_REPORT=$(CURDIR)/.faults.jsonl $(BIN)/python -m pytest tests/test_faults_*.py tests/test_benchmarks_run.py $(ARGS)
 	@$(BIN)/python -m benchmarks.faults .faults.jsonl --out benchmarks/results/faults.md
 
-test-slurm: .venv/.installed ## start a SLURM of two nodes on this machine and run jobs on it (Debian, as root; six minutes)
+test-slurm: .venv/.installed ## start a SLURM of two nodes on this machine and run jobs on it (Debian, as root; four minutes)
 	@$(BIN)/python tests/slurm.py
 	@$(TESTS) SCALETRAIN_SLURM=1 $(BIN)/python -m pytest -rs tests/test_slurm.py $(ARGS)
 

@@ -40,7 +40,7 @@ class Rounds:
 
 
 def run_rounds(arms: dict[str, Arm], rounds: int, *, warmup: int = 1, any_of: Callable[[bool], bool] = bool) -> Rounds:
-    """Run ``rounds`` rounds that were not disturbed, after ``warmup`` uncounted ones.
+    """Run ``rounds`` rounds that were not disturbed, after ``warmup`` uncounted ones; where all were, the last stands.
 
     ``any_of`` tells whether something holds on any of several processes that run the arms together.
     """
@@ -54,9 +54,11 @@ def run_rounds(arms: dict[str, Arm], rounds: int, *, warmup: int = 1, any_of: Ca
             start = _cpu_seconds()
             seconds[name] = arms[name]()
             cpu[name] = _cpu_seconds() - start
+        disturbed = any_of(_stolen_share(before, _stolen()) > 0.01)
+        last_chance = result.dropped + 1 == rounds and not result.load
         if warmup:
             warmup -= 1
-        elif any_of(_stolen_share(before, _stolen()) > 0.01):
+        elif disturbed and not last_chance:
             result.dropped += 1
         else:
             for name in arms:

@@ -143,7 +143,7 @@ def test_two_processes_send_the_same_bytes_in_one_micro_batch_and_in_eight():
     assert "* met: MLP: " in said
 
 
-@pytest.mark.skipif(not ALL, reason="takes a minute: .ci/run and make test-faults run it")
+@pytest.mark.skipif(not ALL, reason="takes minutes: make test-faults runs it")
 def test_the_benchmarks_of_a_gpu_run_at_toy_size_and_say_what_is_left_out():
     said = run_benchmark("benchmarks.gpu", "--toy", "--rounds", "1", timeout=900)
     for part in ("G1: GPT-2", "G2: models", "G3: a CNN", "G4: what a checkpoint costs", "G5: compiling", "G6: memory"):
